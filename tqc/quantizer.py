@@ -1,0 +1,134 @@
+"""Reference encoding and decoding of pages, in plain torch: the semantics that every kernel is tested against.
+
+A page holds 32 tokens of one head. With x the vector of a token and R the rotation:
+
+    y   = R x                                    rotated
+    r_t = y_t - centre_head - centre_page        (centred formats; see `encode_pages`)
+    s_t = |r_t| / sqrt(head_dim)                 scale
+    i_t = argmin_i |r_t / s_t - level_i|         Lloyd-Max codes
+    s_t <- <r_t, level> / <level, level>         norm correction: the scale of least squared error
+    y^_t = centre_head + centre_page + s_t level[i_t],   x^ = R' y^
+
+Scales are rounded to 2**(-1/32) of the largest one in the page *before* the codes are chosen, so their rounding costs
+next to nothing. A vector whose residual is zero reads back exactly, one with a NaN or an infinity reads back as NaNs,
+and neither disturbs its page.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tqc.format import PAGE_TOKENS, SCALE_NAN, SCALE_STEPS, SCALE_ZERO, PackedFormat, pack_plane, scale_table, unpack_plane
+
+# Rows are coded in slices of about this many elements, so that temporaries stay small whatever the size of the cache.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def rotate(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """R x for each vector of `x` [..., head_dim], float32."""
+    return x.float() @ fmt.rotation_matrix(x.device).T
+
+
+def head_centre(first_page: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Centre of each head in its rotated basis, in `first_page`'s dtype [..., head_dim]: the mean of its first 32 tokens.
+
+    Args:
+        first_page: [..., 32, head_dim], as they came.
+    """
+    if not fmt.centred:
+        return torch.zeros_like(first_page[..., 0, :])
+    return _finite_mean(rotate(first_page, fmt)).to(first_page.dtype)
+
+
+def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Encode whole pages.
+
+    Args:
+        x: [batch, heads, n * 32, head_dim], any float dtype.
+        centre: [batch, heads, head_dim], from `head_centre`.
+
+    Returns:
+        uint8 [batch, heads, n, page_bytes].
+    """
+    batch, heads, tokens, dim = x.shape
+    rows = x.reshape(batch * heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
+    centres = centre.reshape(batch * heads, 1, 1, dim)
+    step = max(1, _CHUNK_ELEMENTS // (rows.shape[0] * PAGE_TOKENS * dim))
+    parts = [_encode(part, centres, fmt) for part in rows.split(step, dim=1)]
+    return torch.cat(parts, dim=1).reshape(batch, heads, -1, fmt.page_bytes)
+
+
+def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    bad = ~torch.isfinite(x).all(-1, keepdim=True)
+    r = rotate(x.masked_fill(bad, 0.0), fmt)
+    page = torch.zeros(*r.shape[:2], fmt.page_bytes, dtype=torch.uint8, device=x.device)
+    if fmt.centred:
+        r = r - centre.float()
+        mean = _finite_mean(r.masked_fill(bad, float("nan")))
+        step = mean.abs().amax(-1, keepdim=True) / 127
+        code = torch.round(mean / step).nan_to_num(0.0)
+        r = r - (code * step).unsqueeze(-2)
+        page[..., 4:8] = step.contiguous().view(torch.uint8)
+        page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim] = code.to(torch.int8).view(torch.uint8)
+    r = r.masked_fill(bad, 0.0)
+
+    # |r| by way of its largest coordinate, so that squares neither overflow nor vanish.
+    peak = r.abs().amax(-1, keepdim=True)
+    unit = r / peak.clamp_min(torch.finfo(torch.float32).tiny)
+    scale = peak * unit.square().mean(-1, keepdim=True).sqrt()
+    base = scale.amax(-2, keepdim=True)
+    scale = _scale_of(_scale_code(scale, base), base)
+    codes = torch.bucketize(r / scale.clamp_min(torch.finfo(torch.float32).tiny), fmt.boundaries(x.device))
+    level = fmt.levels(x.device)[codes]
+    scale = (peak * (unit * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)).clamp_min(0.0)
+    base = scale.amax(-2, keepdim=True)
+    scale_code = _scale_code(scale, base).masked_fill(bad, SCALE_NAN)
+
+    page[..., 0:4] = base.flatten(-2).contiguous().view(torch.uint8)
+    page[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS] = scale_code.squeeze(-1)
+    codes = codes.to(torch.uint8)
+    for width, shift, offset in fmt.planes:
+        plane = pack_plane((codes >> shift) & (2**width - 1), width).flatten(-2)
+        page[..., offset : offset + plane.shape[-1]] = plane
+    return page
+
+
+def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Decode pages, uint8 [batch, heads, n, page_bytes], to float32 [batch, heads, n * 32, head_dim], *rotated*.
+
+    The caller rotates back with `unrotate`, or rotates the query instead.
+    """
+    base = pages[..., 0:4].contiguous().view(torch.float32).unsqueeze(-1)
+    scale_code = pages[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS]
+    codes = torch.zeros(*pages.shape[:-1], PAGE_TOKENS, fmt.head_dim, dtype=torch.uint8, device=pages.device)
+    for width, shift, offset in fmt.planes:
+        plane = pages[..., offset : offset + PAGE_TOKENS * fmt.head_dim * width // 8]
+        codes |= unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift
+    y = fmt.levels(pages.device)[codes.int()] * _scale_of(scale_code.unsqueeze(-1), base)
+    if fmt.centred:
+        step = pages[..., 4:8].contiguous().view(torch.float32)
+        code = pages[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim].view(torch.int8)
+        y = y + (code.float() * step).unsqueeze(-2) + centre.float()[:, :, None, None, :]
+    return y.flatten(2, 3)
+
+
+def unrotate(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """R' y for each vector of `y` [..., head_dim]."""
+    return y.float() @ fmt.rotation_matrix(y.device)
+
+
+def _finite_mean(y: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens (dim -2) that hold no NaN or infinity; 0 where none is left."""
+    good = torch.isfinite(y).all(-1, keepdim=True)
+    count = good.sum(-2).clamp_min(1)
+    return (y.masked_fill(~good, 0.0) / count.unsqueeze(-2)).sum(-2)
+
+
+def _scale_code(scale: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    ratio = torch.where(base > 0, scale / base, 0.0)
+    code = torch.round(-SCALE_STEPS * torch.log2(ratio)).clamp(0, SCALE_NAN - 1)
+    return torch.where(ratio > 0, code, SCALE_ZERO).to(torch.uint8)
+
+
+def _scale_of(code: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return scale_table(str(code.device))[code.int()] * base
