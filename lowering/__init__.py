@@ -7,3 +7,32 @@ A provider has
     accepts(k_fmt, v_fmt, dtype, device_type) -> str | None     why it cannot take these arguments, or None
     append, read, attend                        as in `tqc.ops`, same arguments, same results
 """
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from tqc.format import PackedFormat
+
+# Best first; the reference takes everything.
+PROVIDERS = ("cpu", "reference")
+
+
+def choose(
+    k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, device_type: str, requested: str = "auto"
+) -> tuple[str, list[str]]:
+    """The provider for one attention site, and why better ones were passed over.
+
+    Raises:
+        ValueError: if a provider was requested by name and cannot serve.
+    """
+    refusals = []
+    for name in PROVIDERS if requested == "auto" else (requested,):
+        provider = importlib.import_module(f"tqc.lowering.{name}")
+        reason = provider.supported() or provider.accepts(k_fmt, v_fmt, dtype, device_type)
+        if reason is None:
+            return name, refusals
+        refusals.append(f"{name}: {reason}")
+    raise ValueError(f"provider {requested!r} cannot be used: {'; '.join(refusals)}")

@@ -151,7 +151,7 @@ def attend(
         is_causal: new token i is seen by queries i + n - m and later ones.
 
     Returns:
-        (output [batch, query_heads, n, head_dim_v] in query's dtype, log-sum-exp of the scores, float32
+        (output [batch, query_heads, n, head_dim_v] in query's dtype, a transposed view of [batch, n, ...], log-sum-exp of the scores, float32
         [batch, query_heads, n]). A query that may attend to nothing gets zeros and -inf.
     """
     length = int(k_state[0])
@@ -190,8 +190,8 @@ def attend(
     if sinks is not None:
         weights = weights[..., :-1]
     grouped = weights.unflatten(1, (heads, -1)).flatten(2, 3) @ values
-    out = grouped.unflatten(2, (-1, rows)).flatten(1, 2)
-    return out.to(query.dtype), lse
+    out = grouped.unflatten(2, (-1, rows)).flatten(1, 2).to(query.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 for _name, _function in {"append": append, "read": read, "attend": attend}.items():
@@ -210,4 +210,6 @@ def _read_fake(pages, dense, state, length, spec):
 
 @torch.library.register_fake(f"{NAMESPACE}::attend", lib=library)
 def _attend_fake(query, k_pages, k_dense, k_state, v_pages, v_dense, v_state, *rest):
-    return query.new_empty(*query.shape[:3], v_dense.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+    batch, heads, rows, _ = query.shape
+    out = query.new_empty(batch, rows, heads, v_dense.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, rows, dtype=torch.float32)

@@ -1,0 +1,80 @@
+"""Small questions about FX nodes, asked by every pass. Graphs are dynamo's: torch functions and tensor methods."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tqc.packed_tensor import PackedTensor
+
+
+def value(node: Any) -> Any:
+    """Example value of a node (a fake tensor or symbolic int), or the constant itself."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def is_packed(node: Any) -> bool:
+    return isinstance(value(node), PackedTensor)
+
+
+def calls(node: Any, *targets: Any) -> bool:
+    """Whether `node` calls one of `targets`: functions, or names of tensor methods."""
+    if not isinstance(node, Node):
+        return False
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def layer_name(node: Node) -> str:
+    """Path of the module that a node was traced in, such as `model.layers.3.self_attn`."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = list(stack.values())[-1][0]
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
+    """Undo `repeat_kv`: the node before its heads were repeated, and how often each was.
+
+    Knows `unsqueeze`/`[:, :, None]` then `expand` then `reshape`, and `repeat_interleave` along the heads. Where the
+    chain does anything else, the node itself and 1 are returned.
+
+    Args:
+        heads: query heads; a repetition must lead to just as many.
+    """
+    shape = value(node).shape
+    if len(shape) != 4 or shape[1] != heads:
+        return node, 1
+    if calls(node, torch.repeat_interleave, "repeat_interleave"):
+        repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+        return (node.args[0], repeats) if dim in (1, -3) and isinstance(repeats, int) else (node, 1)
+    if not calls(node, "reshape", "view", torch.reshape):
+        return node, 1
+    expand = node.args[0]
+    if not calls(expand, "expand", torch.Tensor.expand):
+        return node, 1
+    insert = expand.args[0]
+    if calls(insert, operator.getitem):
+        full = slice(None, None, None)
+        index = insert.args[1]
+        inserted = isinstance(index, tuple) and index[:3] == (full, full, None) and set(map(repr, index[3:])) <= {repr(full), "Ellipsis"}
+    else:
+        inserted = calls(insert, "unsqueeze", torch.unsqueeze) and argument(insert, 1, "dim") in (2, -3)
+    if not inserted:
+        return node, 1
+    source = insert.args[0]
+    before, spread = value(source), value(expand)
+    if not isinstance(before, Tensor) or before.dim() != 4 or spread.dim() != 5:
+        return node, 1
+    if before.shape[1] * spread.shape[2] != heads or tuple(spread.shape[3:]) != tuple(shape[2:]):
+        return node, 1
+    return source, int(spread.shape[2])

@@ -1,0 +1,119 @@
+"""What a user can set: `torch.compile(model, backend="tqai", options={...})` takes the fields of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tqc.format import PackedFormat
+from tqc.rotation import ROTATIONS
+
+OFF = 16
+
+# Settings by name. `default` is what no options give; the figures behind them are in benchmarks/results.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"bits_k": 3, "bits_v": 3},
+    "quality": {"bits_k": 4, "bits_v": 4},
+    "small": {"bits_k": 2, "bits_v": 2},
+    "kv-only": {"bits_k": 4, "bits_v": 2},
+    "k3v2": {"bits_k": 3, "bits_v": 2},
+    "off": {"bits_k": OFF, "bits_v": OFF},
+}
+REST = ("inductor", "eager")
+PROVIDERS = ("auto", "reference", "cpu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the backend.
+
+    Attributes:
+        bits_k, bits_v: width of key and value codes, 1 to 8; 16 for both leaves the cache dense.
+        sink_tokens: tokens at the start that stay dense.
+        residual_window: recent tokens that stay dense at most, a multiple of 32.
+        rotation: "hadamard" or "haar".
+        seed: of the rotation.
+        skip_layers: attention layers whose cache stays dense, counted in graph order; negative from the end.
+        provider: which kernels: "auto", or one that must be used ("reference", "cpu").
+        rest: what runs the rest of the graph: "inductor" or "eager" (starts in seconds).
+        debug_dir: folder for the graph before and after each pass, as readable text.
+    """
+
+    bits_k: int = 3
+    bits_v: int = 3
+    sink_tokens: int = 4
+    residual_window: int = 64
+    rotation: str = "hadamard"
+    seed: int = 0
+    skip_layers: tuple[int, ...] = ()
+    provider: str = "auto"
+    rest: str = "inductor"
+    debug_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bits_k", "bits_v", "sink_tokens", "residual_window", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+        for name in ("bits_k", "bits_v"):
+            value = getattr(self, name)
+            if not (1 <= value <= 8 or value == OFF):
+                raise ValueError(f"{name} must be 1 to 8, or {OFF} to leave the cache dense; got {value}")
+        if (self.bits_k == OFF) != (self.bits_v == OFF):
+            raise ValueError(
+                f"bits_k and bits_v must both be {OFF} or neither; got bits_k={self.bits_k}, bits_v={self.bits_v}"
+            )
+        for name, allowed in {"provider": PROVIDERS, "rest": REST, "rotation": ROTATIONS}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in self.skip_layers):
+            raise TypeError(f"skip_layers must be integers, got {self.skip_layers!r}")
+        if not self.off:
+            self.formats(64, 64)
+
+    @property
+    def off(self) -> bool:
+        return self.bits_k == OFF
+
+    def formats(self, k_head_dim: int, v_head_dim: int) -> tuple[PackedFormat, PackedFormat]:
+        """Formats of keys and values. Raises ValueError where a head_dim cannot be packed."""
+        shared = (self.sink_tokens, self.residual_window, self.rotation, self.seed)
+        return (
+            PackedFormat(k_head_dim, self.bits_k, True, *shared),
+            PackedFormat(v_head_dim, self.bits_v, False, *shared),
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Config:
+        """Check the `options` or `mode` of torch.compile; `preset` (or `mode`) names a base that `options` override.
+
+        Raises:
+            ValueError, TypeError: naming the option, its value and what is allowed.
+        """
+        given = dict(options or {})
+        preset = given.pop("preset", mode if mode not in (None, "default") else "default")
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}{_nearest(preset, PRESETS)}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ValueError(
+                    f"unknown option {name!r}{_nearest(name, names)}; options are preset, {', '.join(names)}"
+                )
+        if "skip_layers" in given:
+            given["skip_layers"] = tuple(given["skip_layers"])
+        return cls(**{**PRESETS[preset], **given})
+
+
+def _nearest(name: Any, valid: Any) -> str:
+    close = difflib.get_close_matches(str(name), [*valid, "preset"], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def cacheable_dtype(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)

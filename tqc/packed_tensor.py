@@ -1,0 +1,232 @@
+"""The tensor type that a user's own cache object holds in place of dense keys or values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from tqc.format import PackedFormat
+from tqc.storage import Storage
+
+aten = torch.ops.aten
+
+
+class PackedTensor(torch.Tensor):
+    """Keys or values of one layer, [batch, num_key_value_heads, length, head_dim], packed.
+
+    It answers to shape, dtype and device like the dense tensor it stands for. Concatenation along the length appends
+    in place where nobody else reads further (else it copies first); prefixes, batch selection and repetition,
+    `clone`, `to(device)` and `zero_` stay packed. Every other op sees dense values; one that would write into them
+    raises.
+
+    A wrapper subclass: `pages`, `dense` and `state` (see `tqc.format`) are its inner tensors.
+    """
+
+    storage: Storage
+
+    @staticmethod
+    def __new__(cls, storage: Storage, length: int) -> PackedTensor:
+        batch, heads, _, dim = storage.dense.shape
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (batch, heads, length, dim), dtype=storage.dense.dtype, device=storage.dense.device
+        )
+
+    def __init__(self, storage: Storage, length: int) -> None:
+        self.storage = storage
+        storage.view(self)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def pages(self) -> Tensor:
+        return self.storage.pages
+
+    @property
+    def dense(self) -> Tensor:
+        return self.storage.dense
+
+    @property
+    def state(self) -> Tensor:
+        return self.storage.state
+
+    @property
+    def fmt(self) -> PackedFormat:
+        return self.storage.fmt
+
+    def __tensor_flatten__(self) -> tuple[list[str], str]:
+        return ["pages", "dense", "state"], str(self.storage.fmt)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], spec: str, outer_size: Any, outer_stride: Any) -> PackedTensor:
+        storage = Storage(inner["pages"], inner["dense"], inner["state"], PackedFormat.parse(spec), None, None)
+        return PackedTensor(storage, outer_size[2])
+
+    def dequantize(self) -> Tensor:
+        """Dense copy, [batch, heads, length, head_dim] in this tensor's dtype."""
+        return torch.ops.tqai.read(self.pages, self.dense, self.state, self.shape[2], str(self.fmt))
+
+    def packed_nbytes(self) -> int:
+        """Bytes held: codes, scales, centres, sinks, window and spare capacity."""
+        return self.storage.nbytes
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, format={self.fmt})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
+        memo[id(self)] = result = PackedTensor(self.storage.copy(self._stored()), self.shape[2])
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a packed tensor is not pickled: save the cache with tqc.save_cache(cache, path)")
+
+    def _stored(self) -> int:
+        """How many of the tokens are stored; fewer than the length in a preallocated cache."""
+        return min(self.shape[2], self.storage.length)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None and not _is_fake(args):
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func is aten.detach.default:
+            return PackedTensor(args[0].storage, args[0].shape[2])
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, PackedTensor) and argument.is_write:
+                raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
+        args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_fake(args: Any) -> bool:
+    return any(isinstance(t.pages, FakeTensor) for t in pytree.arg_tree_leaves(*args) if isinstance(t, PackedTensor))
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def _handles(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _HANDLERS.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+@_handles(aten.cat.default)
+def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
+    first, *rest = tensors
+    if dim not in (2, -2) or not isinstance(first, PackedTensor) or any(isinstance(t, PackedTensor) for t in rest):
+        return NotImplemented
+    if any(t.dtype != first.dtype or t.shape[:2] != first.shape[:2] for t in rest):
+        return NotImplemented
+    return extend(first, torch.cat(rest, dim=2) if len(rest) > 1 else rest[0])
+
+
+def extend(past: PackedTensor, new: Tensor, append: Callable[..., None] = torch.ops.tqai.append) -> PackedTensor:
+    """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further."""
+    length = past.shape[2]
+    count = new.shape[2]
+    storage = past.storage.writable(length)
+    storage.reserve(length + count)
+    append(storage.pages, storage.dense, storage.state, new, None, str(storage.fmt))
+    storage.appended(count)
+    return PackedTensor(storage, length + count)
+
+
+def pack(new: Tensor, fmt: PackedFormat, append: Callable[..., None] = torch.ops.tqai.append) -> PackedTensor:
+    """Pack dense keys or values, [batch, heads, n, head_dim]."""
+    batch, heads, count, _ = new.shape
+    storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, count)
+    append(storage.pages, storage.dense, storage.state, new, None, str(fmt))
+    storage.appended(count)
+    return PackedTensor(storage, count)
+
+
+@_handles(aten.slice.Tensor)
+def _slice(x: PackedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    size = x.shape[dim]
+    start = 0 if start is None else max(start + size if start < 0 else start, 0)
+    end = size if end is None else min(end + size if end < 0 else end, size)
+    if step != 1:
+        return NotImplemented
+    if start == 0 and end == size:
+        return PackedTensor(x.storage, x.shape[2])
+    if dim in (2, -2) and start == 0 and 0 < end <= x.storage.length:
+        return PackedTensor(x.storage, end)
+    if dim == 0:
+        return _select_rows(x, torch.arange(start, max(start, end), device=x.device))
+    return NotImplemented
+
+
+@_handles(aten.index_select.default)
+def _index_select(x: PackedTensor, dim: int, index: Tensor) -> Any:
+    return _select_rows(x, index) if dim == 0 else NotImplemented
+
+
+@_handles(aten.index.Tensor)
+def _index(x: PackedTensor, indices: list[Tensor | None]) -> Any:
+    rows, *others = indices
+    if rows is None or rows.dim() != 1 or any(index is not None for index in others):
+        return NotImplemented
+    return _select_rows(x, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
+
+
+@_handles(aten.repeat_interleave.self_int)
+def _repeat_interleave(x: PackedTensor, repeats: int, dim: int | None = None, *, output_size: Any = None) -> Any:
+    if dim != 0:
+        return NotImplemented
+    return _select_rows(x, torch.arange(x.shape[0], device=x.device).repeat_interleave(repeats))
+
+
+@_handles(aten.repeat.default)
+def _repeat(x: PackedTensor, repeats: list[int]) -> Any:
+    if len(repeats) != 4 or list(repeats[1:]) != [1, 1, 1]:
+        return NotImplemented
+    return _select_rows(x, torch.arange(x.shape[0], device=x.device).repeat(repeats[0]))
+
+
+def _select_rows(x: PackedTensor, rows: Tensor) -> PackedTensor:
+    return PackedTensor(x.storage.select(rows.to(x.device), x._stored()), x.shape[2])
+
+
+@_handles(aten.clone.default)
+def _clone(x: PackedTensor, *, memory_format: Any = None) -> PackedTensor:
+    return PackedTensor(x.storage.copy(x._stored()), x.shape[2])
+
+
+@_handles(aten._to_copy.default)
+def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
+    if dtype not in (None, x.dtype):
+        return NotImplemented
+    s = x.storage.copy(x._stored())
+    moved = Storage(s.pages.to(device), s.dense.to(device), s.state.to(device), s.fmt, s.length, s.packed)
+    return PackedTensor(moved, x.shape[2])
+
+
+@_handles(aten.zero_.default)
+def _zero_(x: PackedTensor) -> PackedTensor:
+    x.storage.truncate(0)
+    return x
+
+
+@_handles(aten.index_copy_.default)
+def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    if dim not in (2, -2):
+        return NotImplemented
+    write_at(x, source, index)
+    return x
+
+
+def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Callable[..., None] = torch.ops.tqai.append) -> None:
+    """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ..."""
+    s = x.storage
+    append(s.pages, s.dense, s.state, new, start, str(s.fmt))
+    s.written_on_device()
