@@ -3,8 +3,8 @@
 One packed tensor of shape [batch, num_key_value_heads, length, head_dim] is held in three tensors:
 
 - `pages`, uint8 [batch, heads, num_pages, page_bytes]: the packed tokens, 32 to a page;
-- `dense`, model dtype [batch, heads, 1 + sink_tokens + residual_window, head_dim]: row 0 is the head's centre (rotated),
-  then the first `sink_tokens` tokens, then a ring of the most recent ones, as they came (not rotated);
+- `dense`, model dtype [batch, heads, 1 + sink_tokens + residual_window, head_dim]: row 0 is the head's centre
+  (rotated), then the first `sink_tokens` tokens, then a ring of the most recent ones, as they came (not rotated);
 - `state`, int64 [2]: how many tokens there are, and how many of them are packed.
 
 Token t >= sink_tokens has the packed index u = t - sink_tokens. It lives in page u // 32 if u < packed, else in the
@@ -14,7 +14,7 @@ ring at row 1 + sink_tokens + u % residual_window.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 
@@ -43,7 +43,7 @@ class PackedFormat:
         residual_window: how many of the most recent tokens stay dense at most; a multiple of 32. At least
             `residual_window - 31` do.
         rotation: "hadamard" or "haar".
-        seed: of the rotation.
+        seed: of the rotation, below 2**64.
     """
 
     head_dim: int
@@ -62,9 +62,13 @@ class PackedFormat:
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
         if self.residual_window < PAGE_TOKENS or self.residual_window % PAGE_TOKENS:
-            raise ValueError(f"residual_window must be a positive multiple of {PAGE_TOKENS}, got {self.residual_window}")
+            raise ValueError(
+                f"residual_window must be a positive multiple of {PAGE_TOKENS}, got {self.residual_window}"
+            )
         if self.rotation not in ROTATIONS:
             raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
 
     # The spec string names the format in op calls, compiled graphs and files.
     def __str__(self) -> str:
@@ -75,7 +79,7 @@ class PackedFormat:
         )
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(spec: str) -> PackedFormat:
         """The format that `str` wrote.
 
@@ -141,12 +145,12 @@ class PackedFormat:
         return _on_device(rotation, (self.head_dim, self.rotation, self.seed), str(device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _on_device(table, args, device: str) -> torch.Tensor:
     return table(*args).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scale_table(device: str = "cpu") -> torch.Tensor:
     """Factor of each scale code, float32 [256]: 2**(-code / 32), then NaN and 0 for the two special codes."""
     table = torch.exp2(-torch.arange(256, dtype=torch.float64) / SCALE_STEPS).float()

@@ -151,12 +151,25 @@ def attend(
         is_causal: new token i is seen by queries i + n - m and later ones.
 
     Returns:
-        (output [batch, query_heads, n, head_dim_v] in query's dtype, a transposed view of [batch, n, ...], log-sum-exp of the scores, float32
-        [batch, query_heads, n]). A query that may attend to nothing gets zeros and -inf.
+        (output [batch, query_heads, n, head_dim_v] in query's dtype, a transposed view of [batch, n, ...];
+        log-sum-exp of the scores, float32 [batch, query_heads, n]). A query that may attend to nothing gets zeros and -inf.
+
+    Raises:
+        ValueError: if only one of `key` and `value` is given, or if keys and values hold different tokens before
+            `start`: one of them missed an `append`.
     """
-    length = int(k_state[0])
+    if (key is None) != (value is None):
+        raise ValueError(
+            f"key and value must both be given or both be None, got only {'key' if value is None else 'value'}"
+        )
+    length, v_length = int(k_state[0]), int(v_state[0])
     if start is not None:
-        length = int(start.flatten()[0])
+        first = int(start.flatten()[0])
+        agree, length = min(length, first) == min(v_length, first), first
+    else:
+        agree = length == v_length
+    if not agree:
+        raise ValueError(f"k_state and v_state must agree: {int(k_state[0])} keys are stored and {v_length} values")
     keys = read(k_pages, k_dense, k_state, length, k_spec).float()
     values = read(v_pages, v_dense, v_state, length, v_spec).float()
     if key is not None and value is not None:

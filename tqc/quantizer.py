@@ -10,15 +10,25 @@ A page holds 32 tokens of one head. With x the vector of a token and R the rotat
     y^_t = centre_head + centre_page + s_t level[i_t],   x^ = R' y^
 
 Scales are rounded to 2**(-1/32) of the largest one in the page *before* the codes are chosen, so their rounding costs
-next to nothing. A vector whose residual is zero reads back exactly, one with a NaN or an infinity reads back as NaNs,
-and neither disturbs its page.
+next to nothing. A vector whose residual is zero reads back exactly; one with a NaN or an infinity, or whose rotation
+overflows float32, reads back as NaNs; neither disturbs its page. A residual below 1/240 of the longest one of its page
+reads back with an error of that size.
 """
 
 from __future__ import annotations
 
 import torch
 
-from tqc.format import PAGE_TOKENS, SCALE_NAN, SCALE_STEPS, SCALE_ZERO, PackedFormat, pack_plane, scale_table, unpack_plane
+from tqc.format import (
+    PAGE_TOKENS,
+    SCALE_NAN,
+    SCALE_STEPS,
+    SCALE_ZERO,
+    PackedFormat,
+    pack_plane,
+    scale_table,
+    unpack_plane,
+)
 
 # Rows are coded in slices of about this many elements, so that temporaries stay small whatever the size of the cache.
 _CHUNK_ELEMENTS = 1 << 22
@@ -30,14 +40,16 @@ def rotate(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
 
 
 def head_centre(first_page: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """Centre of each head in its rotated basis, in `first_page`'s dtype [..., head_dim]: the mean of its first 32 tokens.
+    """Centre of each head in its rotated basis, in `first_page`'s dtype [..., head_dim]: the mean of those tokens.
 
     Args:
         first_page: [..., 32, head_dim], as they came.
     """
     if not fmt.centred:
         return torch.zeros_like(first_page[..., 0, :])
-    return _finite_mean(rotate(first_page, fmt)).to(first_page.dtype)
+    # A rotated mean can exceed float16 where no coordinate did; the centre of the page makes up for the clamp.
+    limits = torch.finfo(first_page.dtype)
+    return _finite_mean(rotate(first_page, fmt)).clamp(limits.min, limits.max).to(first_page.dtype)
 
 
 def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
@@ -59,14 +71,16 @@ def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> to
 
 
 def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    bad = ~torch.isfinite(x).all(-1, keepdim=True)
-    r = rotate(x.masked_fill(bad, 0.0), fmt)
-    page = torch.zeros(*r.shape[:2], fmt.page_bytes, dtype=torch.uint8, device=x.device)
+    r = rotate(x, fmt)
     if fmt.centred:
         r = r - centre.float()
+    bad = ~torch.isfinite(r).all(-1, keepdim=True)
+    r = r.masked_fill(bad, 0.0)
+    page = torch.zeros(*r.shape[:2], fmt.page_bytes, dtype=torch.uint8, device=x.device)
+    if fmt.centred:
         mean = _finite_mean(r.masked_fill(bad, float("nan")))
         step = mean.abs().amax(-1, keepdim=True) / 127
-        code = torch.round(mean / step).nan_to_num(0.0)
+        code = torch.round(mean / step).nan_to_num(0.0, 0.0, 0.0)
         r = r - (code * step).unsqueeze(-2)
         page[..., 4:8] = step.contiguous().view(torch.uint8)
         page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim] = code.to(torch.int8).view(torch.uint8)
