@@ -1,0 +1,35 @@
+"""tqc: a compressed KV cache and compressed attention for any transformer, by compilation.
+
+    model = torch.compile(model, backend="tqai")
+    model.generate(**inputs, max_new_tokens=200)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqc.cache_io import cache_bytes, load_cache, save_cache
+    from tqc.config import PRESETS, Config
+    from tqc.packed_tensor import PackedTensor
+    from tqc.report import explain
+
+__version__ = "0.1.0"
+__all__ = ["PRESETS", "Config", "PackedTensor", "cache_bytes", "explain", "load_cache", "save_cache"]
+
+_HOME = {
+    "PRESETS": "config",
+    "Config": "config",
+    "PackedTensor": "packed_tensor",
+    "cache_bytes": "cache_io",
+    "load_cache": "cache_io",
+    "save_cache": "cache_io",
+    "explain": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"tqc.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'tqc' has no attribute {name!r}")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tqc import explain, runtime
+from tqc import optimized_module, report, runtime
 from tqc.config import Config
 from tqc.passes import rewrite
 from tqc.regions import SplitGraph
 
 log = logging.getLogger(__name__)
 _numbers = itertools.count()
+optimized_module.install()
 
 
 def tqai(
@@ -39,7 +40,7 @@ def tqai(
         )
     number = next(_numbers)
     plan = rewrite(gm, config, number)
-    explain.record(plan)
+    report.record(plan)
     if not any(node.target in runtime.BOUNDARY for node in gm.graph.nodes):
         return _rest(gm, example_inputs, config)
     graph = SplitGraph(gm, config.rest)

@@ -5,7 +5,7 @@ f(t) ~ (1 - t^2/d)^((d-3)/2) on |t| <= sqrt(d): variance 1, and N(0, 1) as d gro
 lemma 1). The levels returned here minimize the mean squared error of that density, for 1 to 8 bits.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,23 +14,28 @@ from scipy import linalg, special
 MAX_BITS = 8
 
 
-@lru_cache(maxsize=None)
+@cache
 def _lloyd_max(head_dim: int, bits: int) -> np.ndarray:
     """Positive half of the optimal levels, float64, ascending; the codebook is symmetric about 0."""
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be between 1 and {MAX_BITS}, got {bits}")
+    if head_dim < 4:
+        raise ValueError(f"head_dim must be at least 4, got {head_dim}")
     d = float(head_dim)
     a = (d - 1) / 2
     radius = np.sqrt(d)
+    # Integral of (1 - t^2)^(a - 1) over -1..1, which is 2^(2a - 1) B(a, a).
+    norm = np.exp((2 * a - 1) * np.log(2) + special.betaln(a, a))
 
     def cdf(t: np.ndarray) -> np.ndarray:
         return special.betainc(a, a, np.clip((1 + t / radius) / 2, 0.0, 1.0))
 
     def first_moment(t: np.ndarray) -> np.ndarray:
-        """Integral of t f(t) from -radius to t, up to the constant that `cdf` divides by."""
-        norm = special.beta(a, a) * 2 ** (2 * a - 1)
+        """Integral of t f(t) from -radius to t, with f normalized."""
         return -radius / (2 * a) * np.clip(1 - t**2 / d, 0.0, 1.0) ** a / norm
 
     def density(t: np.ndarray) -> np.ndarray:
-        return np.clip(1 - t**2 / d, 0.0, 1.0) ** (a - 1) / (special.beta(a, a) * 2 ** (2 * a - 1) * radius)
+        return np.clip(1 - t**2 / d, 0.0, 1.0) ** (a - 1) / (norm * radius)
 
     half = 2 ** (bits - 1)
     # High-resolution theory puts the levels at the quantiles of f^(1/3), itself a density of this family.
@@ -59,22 +64,18 @@ def _lloyd_max(head_dim: int, bits: int) -> np.ndarray:
     return levels
 
 
-@lru_cache(maxsize=None)
+@cache
 def levels(head_dim: int, bits: int) -> torch.Tensor:
     """Optimal reconstruction levels, float32 [2**bits], ascending, for coordinates of unit variance.
 
     Raises:
         ValueError: if `bits` is not in 1..8 or `head_dim` is smaller than 4.
     """
-    if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be between 1 and {MAX_BITS}, got {bits}")
-    if head_dim < 4:
-        raise ValueError(f"head_dim must be at least 4, got {head_dim}")
     half = _lloyd_max(head_dim, bits)
     return torch.from_numpy(np.concatenate([-half[::-1], half])).float()
 
 
-@lru_cache(maxsize=None)
+@cache
 def boundaries(head_dim: int, bits: int) -> torch.Tensor:
     """Midpoints between neighbouring `levels`, float32 [2**bits - 1]: the code of t is the number of them below t."""
     table = levels(head_dim, bits).double()

@@ -152,7 +152,8 @@ def attend(
 
     Returns:
         (output [batch, query_heads, n, head_dim_v] in query's dtype, a transposed view of [batch, n, ...];
-        log-sum-exp of the scores, float32 [batch, query_heads, n]). A query that may attend to nothing gets zeros and -inf.
+        log-sum-exp of the scores, float32 [batch, query_heads, n]). A query that may attend to nothing gets zeros and
+        -inf.
 
     Raises:
         ValueError: if only one of `key` and `value` is given, or if keys and values hold different tokens before

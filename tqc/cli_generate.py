@@ -1,0 +1,221 @@
+"""What the command line does with a model: compile it, generate with clocks, compare two runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DENSE = "dense"
+COMPRESSED = "compressed"
+WARM_UP_TOKENS = 4
+
+
+@dataclass
+class Generation:
+    """One greedy continuation and what it took.
+
+    Attributes:
+        tokens: generated ones, without the prompt.
+        first_token_s: from the call to the first token, compilation included.
+        tokens_per_s: of the tokens after the first; None if there is only one.
+        cache_bytes: every byte that the cache holds at the end.
+        logits: float32 [len(tokens), vocabulary].
+    """
+
+    tokens: list[int]
+    text: str
+    prompt_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
+    cache_bytes: int
+    logits: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.tokens),
+            "first_token_s": self.first_token_s,
+            "tokens_per_s": self.tokens_per_s,
+            "cache_bytes": self.cache_bytes,
+        }
+
+
+@dataclass
+class Comparison:
+    """A dense and a compressed run of one prompt.
+
+    Attributes:
+        kl: mean KL divergence in nats of the compressed run's next-token distributions from the dense run's, where
+            each step of the decode through the compressed cache is given the dense run's token.
+        same_next: how many of those steps have the same most likely token.
+        same_prefix: how many tokens the two free-running texts have in common from the start.
+    """
+
+    dense: Generation
+    compressed: Generation
+    kl: float
+    same_next: int
+    same_prefix: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            DENSE: self.dense.to_dict(),
+            COMPRESSED: self.compressed.to_dict(),
+            "cache_ratio": self.dense.cache_bytes / self.compressed.cache_bytes,
+            "kl_nats": self.kl,
+            "same_next_tokens": self.same_next,
+            "same_prefix_tokens": self.same_prefix,
+            "compared_tokens": len(self.dense.tokens),
+        }
+
+
+def compile_model(model: Any, options: dict[str, Any] | None) -> None:
+    """Compile `model` in place: with a packed cache, or for `options=None` dense with Inductor."""
+    if options is None:
+        model.compile(backend="inductor", dynamic=True)
+    else:
+        model.compile(backend="tqai", options=options)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    max_tokens: int,
+    on_text: Callable[[str], None] | None = None,
+    forced: list[int] | None = None,
+) -> Generation:
+    """Continue `inputs` greedily.
+
+    Args:
+        on_text: called with each piece of text as it comes.
+        forced: tokens to take instead of the most likely ones, one a step; they end the run.
+    """
+    import tqc
+
+    clock = _clock(tokenizer, on_text)
+    extra: dict[str, Any] = {}
+    if forced is not None:
+        extra["logits_processor"] = [_Forced(forced, inputs["input_ids"].shape[1])]
+        max_tokens = len(forced)
+    start = time.perf_counter()
+    result = model.generate(
+        **inputs,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=_pad_token(tokenizer),
+        streamer=clock,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **extra,
+    )
+    tokens = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    times = clock.times
+    decode_s = times[-1] - times[0]
+    return Generation(
+        tokens=tokens,
+        text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        prompt_tokens=inputs["input_ids"].shape[1],
+        first_token_s=times[0] - start,
+        tokens_per_s=(len(times) - 1) / decode_s if len(times) > 1 else None,
+        cache_bytes=tqc.cache_bytes(result.past_key_values),
+        logits=torch.cat(result.logits).float(),
+    )
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    max_tokens: int,
+    options: dict[str, Any],
+    on_step: Callable[[str], None],
+) -> Comparison:
+    """Run `inputs` dense and compressed; each is compiled and warmed up before its clock counts.
+
+    Args:
+        options: of the backend, for the compressed run.
+        on_step: called with the name of each step as it starts.
+    """
+    runs = {}
+    for name, backend_options in ((DENSE, None), (COMPRESSED, options)):
+        on_step(f"compiling the {name} model")
+        torch.compiler.reset()
+        compile_model(model, backend_options)
+        generate(model, tokenizer, inputs, WARM_UP_TOKENS)
+        on_step(f"generating with the {name} cache")
+        runs[name] = generate(model, tokenizer, inputs, max_tokens)
+    on_step("decoding the dense run's tokens through the compressed cache")
+    dense, compressed = runs[DENSE], runs[COMPRESSED]
+    forced = generate(model, tokenizer, inputs, max_tokens, forced=dense.tokens)
+    return Comparison(
+        dense=dense,
+        compressed=compressed,
+        kl=mean_kl(dense.logits, forced.logits),
+        same_next=int((dense.logits.argmax(-1) == forced.logits.argmax(-1)).sum()),
+        same_prefix=common_prefix(dense.tokens, compressed.tokens),
+    )
+
+
+def mean_kl(reference: Tensor, other: Tensor) -> float:
+    """Mean over rows of KL(softmax(reference) || softmax(other)), in nats."""
+    p, q = (torch.log_softmax(logits.double(), dim=-1) for logits in (reference, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading items two lists share."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+class _Forced:
+    """A logits processor that leaves one token per step."""
+
+    def __init__(self, tokens: list[int], prompt_tokens: int) -> None:
+        self.tokens = tokens
+        self.prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.tokens[input_ids.shape[1] - self.prompt_tokens]
+        only = torch.full_like(scores, -torch.inf)
+        only[:, token] = 0.0
+        return only
+
+
+def _clock(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
+    """A streamer that notes when each token came and hands on the text."""
+    from transformers import TextStreamer
+
+    class Clock(TextStreamer):
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.times: list[float] = []
+
+        def put(self, value: Tensor) -> None:
+            if not self.next_tokens_are_prompt:
+                self.times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text is not None:
+                on_text(text)
+
+    return Clock()
+
+
+def _pad_token(tokenizer: Any) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
