@@ -1,0 +1,182 @@
+"""The byte layout: planes, offsets, spec strings, and files that must decode the same for ever."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tqc.format import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    PAGE_TOKENS,
+    SCALE_NAN,
+    SCALE_ZERO,
+    PackedFormat,
+    pack_plane,
+    scale_table,
+    unpack_plane,
+)
+from tqc.quantizer import decode_pages, encode_pages, unrotate
+
+GOLDEN = Path(__file__).parent / "golden"
+PLANE_WIDTHS = (1, 2, 4, 8)
+
+
+@given(
+    width=st.sampled_from(PLANE_WIDTHS),
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    head_dim=st.integers(1, 40).map(lambda n: 8 * n),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_plane_round_trip(width, shape, head_dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 2**width, (*shape, head_dim), generator=generator, dtype=torch.uint8)
+    packed = pack_plane(values, width)
+    assert packed.dtype == torch.uint8 and packed.shape == (*shape, head_dim * width // 8)
+    assert torch.equal(unpack_plane(packed, width), values)
+
+
+@pytest.mark.parametrize("width", PLANE_WIDTHS)
+def test_element_e_is_field_e_div_stride_of_byte_e_mod_stride(width):
+    head_dim = 24
+    stride = head_dim * width // 8
+    for element in range(head_dim):
+        values = torch.zeros(head_dim, dtype=torch.uint8)
+        values[element] = 2**width - 1
+        expected = torch.zeros(stride, dtype=torch.uint8)
+        expected[element % stride] = (2**width - 1) << (width * (element // stride))
+        assert torch.equal(pack_plane(values, width), expected)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("centred", [False, True])
+def test_parts_of_a_page_are_aligned_and_disjoint(head_dim, bits, centred):
+    fmt = PackedFormat(head_dim, bits, centred)
+    assert fmt.scales_offset == HEADER_BYTES and fmt.centre_offset == HEADER_BYTES + PAGE_TOKENS
+    end = fmt.centre_offset + (head_dim if centred else 0)
+    for width, shift, offset in fmt.planes:
+        assert offset % ALIGNMENT == 0 and 0 <= offset - end < ALIGNMENT
+        assert shift == sum(other for other, _, _ in fmt.planes if other > width)
+        end = offset + PAGE_TOKENS * head_dim * width // 8
+    assert sum(width for width, _, _ in fmt.planes) == bits
+    assert fmt.page_bytes % ALIGNMENT == 0 and 0 <= fmt.page_bytes - end < ALIGNMENT
+
+
+@pytest.mark.parametrize(
+    "head_dim, bits, centred, page_bytes",
+    [(64, 4, True, 1136), (64, 3, False, 816), (128, 4, True, 2224), (128, 2, False, 1072), (64, 1, True, 368)],
+)
+def test_page_bytes(head_dim, bits, centred, page_bytes):
+    assert PackedFormat(head_dim, bits, centred).page_bytes == page_bytes
+
+
+FORMATS = st.builds(
+    PackedFormat,
+    head_dim=st.integers(1, 64).map(lambda n: 8 * n),
+    bits=st.integers(1, 8),
+    centred=st.booleans(),
+    sink_tokens=st.integers(0, 100),
+    residual_window=st.integers(1, 16).map(lambda n: 32 * n),
+    rotation=st.sampled_from(["hadamard", "haar"]),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+@given(FORMATS)
+def test_spec_string_round_trip(fmt):
+    assert PackedFormat.parse(str(fmt)) == fmt
+
+
+def test_spec_string_is_stable():
+    assert str(PackedFormat(64, 3, True)) == "tq1:d64:b3:centred:s4:w64:hadamard:0"
+    assert str(PackedFormat(128, 8, False, 0, 32, "haar", 9)) == "tq1:d128:b8:plain:s0:w32:haar:9"
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("tq2:d64:b3:centred:s4:w64:hadamard:0", "version 1"),
+        ("", "version 1"),
+        ("tq1", "malformed"),
+        ("tq1:d64:b3:centred:s4:w64:hadamard", "malformed"),
+        ("tq1:d64:b3:centred:s4:w64:hadamard:0:0", "malformed"),
+        ("tq1:64:b3:centred:s4:w64:hadamard:0", "malformed"),
+        ("tq1:d64:b3:central:s4:w64:hadamard:0", "malformed"),
+        ("tq1:d:b3:centred:s4:w64:hadamard:0", "malformed"),
+        ("tq1:d64::centred:s4:w64:hadamard:0", "malformed"),
+        ("tq1:d64:b3:centred:s4:w64:hadamard:x", "malformed"),
+        ("tq1:d60:b3:centred:s4:w64:hadamard:0", "head_dim must be a multiple of 8, got 60"),
+        ("tq1:d64:b9:centred:s4:w64:hadamard:0", "bits must be between 1 and 8, got 9"),
+        ("tq1:d64:b3:centred:s4:w64:fourier:0", "rotation must be one of hadamard, haar; got 'fourier'"),
+    ],
+)
+def test_malformed_specs_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        PackedFormat.parse(spec)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"head_dim": 0}, "head_dim must be a multiple of 8, got 0"),
+        ({"head_dim": -8}, "head_dim must be a multiple of 8, got -8"),
+        ({"head_dim": 100}, "head_dim must be a multiple of 8, got 100"),
+        ({"bits": 0}, "bits must be between 1 and 8, got 0"),
+        ({"sink_tokens": -1}, "sink_tokens must be at least 0, got -1"),
+        ({"residual_window": 0}, "residual_window must be a positive multiple of 32, got 0"),
+        ({"residual_window": 48}, "residual_window must be a positive multiple of 32, got 48"),
+        ({"rotation": "dct"}, "rotation must be one of hadamard, haar; got 'dct'"),
+        ({"seed": -1}, r"seed must be between 0 and 2\*\*64 - 1, got -1"),
+    ],
+)
+def test_errors_name_argument_and_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        PackedFormat(**{"head_dim": 64, "bits": 4, "centred": True} | change)
+
+
+@given(length=st.integers(0, 2000), fmt=FORMATS)
+def test_packed_tokens_leave_at_most_a_window(length, fmt):
+    packed = fmt.packed_tokens(length)
+    dense = max(0, length - fmt.sink_tokens) - packed
+    assert packed % PAGE_TOKENS == 0 and packed >= 0
+    assert dense <= fmt.residual_window
+    if packed:
+        assert dense > fmt.residual_window - PAGE_TOKENS
+    assert fmt.packed_tokens(length, packed + PAGE_TOKENS) == packed + PAGE_TOKENS
+
+
+def test_scale_table():
+    table = scale_table()
+    assert table.shape == (256,) and table[0] == 1.0 and table[32] == 0.5 and table[224] == 2**-7
+    assert table[1] == pytest.approx(2 ** (-1 / 32), rel=1e-7)
+    assert table[SCALE_NAN].isnan() and table[SCALE_ZERO] == 0.0
+
+
+def golden_cases():
+    return json.loads((GOLDEN / "pages.json").read_text())
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden_pages_decode_the_same_for_ever(case):
+    """Pages that version 1 wrote. A failure means that files in the field would read differently: never regenerate."""
+    fmt = PackedFormat.parse(golden_cases()[case])
+    parts = load_file(GOLDEN / "pages.safetensors")
+    pages, centre, expected = (parts[f"{case}.{name}"] for name in ("pages", "centre", "decoded"))
+    decoded = unrotate(decode_pages(pages, centre, fmt), fmt)
+    assert torch.allclose(decoded, expected, rtol=1e-5, atol=1e-5 * expected.nan_to_num().abs().max(), equal_nan=True)
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden_vectors_encode_to_the_same_codes(case):
+    """Encoding may improve, decoding may not change; for now nearly all bytes are those that were written."""
+    fmt = PackedFormat.parse(golden_cases()[case])
+    parts = load_file(GOLDEN / "pages.safetensors")
+    pages = encode_pages(parts[f"{case}.tokens"], parts[f"{case}.centre"], fmt)
+    assert pages.shape == parts[f"{case}.pages"].shape
+    assert (pages != parts[f"{case}.pages"]).float().mean() < 0.01
