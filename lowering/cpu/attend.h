@@ -1,0 +1,145 @@
+// The op attend: one task per (batch, key/value head, block of query rows, split of the packed tokens).
+//
+// With q' = R_k q, packed token t of page p scores s_t (q' . level_t) + q' . (centre_head + centre_p), and adds
+// w_t s_t level_t + w_t (centre_head + centre_p) to an output in V's rotated basis, rotated back once per task.
+// Dense tokens join the same online softmax in the model's basis.
+#pragma once
+#include "parallel.h"
+#include "tile.h"
+
+namespace tqc {
+
+struct AttendArgs {
+  View k, v;
+  Dense query, out;
+  float* lse;  // [batch, query heads, rows]
+  int64_t batch, heads, group, rows, columns;
+  Mask mask;
+  const float* sinks;  // [query heads] or null
+  float scale, softcap;
+  bool causal;
+};
+
+// Unnormalized output of some rows over some tokens: sum of e**(s - top) v, and of e**(s - top).
+struct Partial {
+  float *out, *top, *sum;
+  int ld;
+};
+
+inline void write_rows(const AttendArgs& a, const Partial& p, int64_t b, int64_t h, int64_t first, int64_t count) {
+  const int dim = a.v.store.f->dim;
+  for (int64_t r = 0; r < count; ++r) {
+    int64_t head = h * a.group + (first + r) % a.group, row = (first + r) / a.group;
+    float top = p.top[r], sum = p.sum[r], factor = 1;
+    if (a.sinks) {
+      float joined = std::max(top, a.sinks[head]), base = joined == -INFINITY ? 0 : joined;
+      factor = std::exp(top - base);
+      sum = sum * factor + std::exp(a.sinks[head] - base);
+      top = joined;
+    }
+    float* out = p.out + r * p.ld;
+    float scale = sum == 0 ? 0 : factor / sum;
+    for (int i = 0; i < p.ld; i += W) store(out + i, load(out + i) * scale);
+    from_float(a.out.at(b, head, row), out, dim, a.out.dtype);
+    a.lse[(b * a.heads * a.group + head) * a.rows + row] = sum == 0 ? -INFINITY : top + std::log(sum);
+  }
+}
+
+// Adds partial `p` to `into`, `count` rows.
+inline void merge(Partial& into, const Partial& p, int64_t count) {
+  for (int64_t r = 0; r < count; ++r) {
+    float top = std::max(into.top[r], p.top[r]), base = top == -INFINITY ? 0 : top;
+    float left = std::exp(into.top[r] - base), right = std::exp(p.top[r] - base);
+    into.top[r] = top;
+    into.sum[r] = into.sum[r] * left + p.sum[r] * right;
+    float *x = into.out + r * into.ld, *y = p.out + r * p.ld;
+    for (int i = 0; i < p.ld; i += W) store(x + i, load(x + i) * left + load(y + i) * right);
+  }
+}
+
+inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, int64_t first, int64_t count,
+                        int64_t from, int64_t to, bool dense_too) {
+  const Format &fk = *a.k.store.f, &fv = *a.v.store.f;
+  Tile tile(a.k, a.v, b, h, int(count));
+  tile.reserve(scratch);
+  tile.out = p.out;
+  tile.top = p.top;
+  tile.sum = p.sum;
+  tile.scale = a.scale;
+  tile.softcap = a.softcap;
+  tile.mask = &a.mask;
+  tile.head = h * a.group;
+  tile.group = int(a.group);
+  tile.first = first;
+  tile.causal_limit = a.causal ? a.k.length + a.k.fresh - a.rows : INT64_MAX / 2;
+  for (int64_t r = 0; r < count; ++r) {
+    float* q = tile.query + r * padded(fk.dim);
+    for (int i = fk.dim; i < padded(fk.dim); ++i) q[i] = 0;
+    to_float(q, a.query.at(b, tile.head + (first + r) % a.group, (first + r) / a.group), fk.dim, a.query.dtype);
+    p.top[r] = -INFINITY;
+    p.sum[r] = 0;
+  }
+  memset(p.out, 0, sizeof(float) * count * p.ld);
+  tile.start();
+  // No row of this block sees a column from here on.
+  const int64_t limit = std::min(a.columns, tile.causal_limit + (first + count - 1) / a.group + 1);
+  to = std::min(to, limit);
+  if (from < to) {
+    tile.run(from, to);
+    float* rotated = tile.unrotated;
+    rotate_rows(rotated, p.out, int(count), fv, true);
+    memcpy(p.out, rotated, sizeof(float) * count * p.ld);
+  }
+  if (dense_too) {
+    tile.run(0, std::min(a.v.packed_begin(), limit));
+    tile.run(std::max(a.v.packed_begin(), a.v.packed_end()), limit);
+  }
+}
+
+inline void attend(const AttendArgs& a) {
+  const Format& fv = *a.v.store.f;
+  const int ld = padded(fv.dim);
+  const int64_t all_rows = a.group * a.rows;
+  const int64_t block = all_rows <= 64 ? all_rows : 64;
+  const int64_t blocks = (all_rows + block - 1) / block;
+  const int64_t begin = a.v.packed_begin(), packed = std::max<int64_t>(0, a.v.packed_end() - begin);
+  const int64_t pages = (packed + PAGE - 1) / PAGE;
+  const int64_t groups = a.batch * a.heads * blocks;
+  const double products = double(groups) * block * a.columns * (a.k.store.f->dim + fv.dim);
+  const int threads = products < 5e5 ? 1 : available_threads();
+
+  // Enough tasks to keep all threads busy to the end, each of at least 8 pages.
+  int64_t splits = threads == 1 ? 1 : (4 * threads + groups - 1) / groups;
+  splits = std::max<int64_t>(1, std::min(splits, pages / 8));
+  const int64_t per_split = splits ? (pages + splits - 1) / splits : 0;
+
+  const size_t partial_floats = size_t(block) * (ld + 32);
+  static thread_local Scratch shared;
+  shared.reserve(groups * splits * (partial_floats * sizeof(float) + 256) + groups * 64 + 4096);
+  float* partials = shared.take<float>(groups * splits * partial_floats);
+  auto* arrived = shared.take<std::atomic<int>>(groups * 16);
+  for (int64_t i = 0; i < groups; ++i) arrived[i * 16].store(0, std::memory_order_relaxed);
+  auto partial = [&](int64_t group, int64_t split) {
+    float* p = partials + (group * splits + split) * partial_floats;
+    return Partial{p, p + block * ld, p + block * (ld + 16), ld};
+  };
+
+  parallel(groups * splits, threads, [&](int64_t task) {
+    const int64_t group = task / splits, split = task % splits;
+    // Later query rows see more tokens under a causal mask: hand those out first.
+    const int64_t index = blocks - 1 - group % blocks, b = group / blocks / a.heads, h = group / blocks % a.heads;
+    const int64_t first = index * block, count = std::min(block, all_rows - first);
+    Partial p = partial(group, split);
+    const int64_t from = begin + split * per_split * PAGE;
+    const int64_t to = std::min(begin + packed, from + per_split * PAGE);
+    attend_task(a, p, b, h, first, count, from, to, split == splits - 1);
+    if (splits > 1) {
+      if (arrived[group * 16].fetch_add(1, std::memory_order_acq_rel) != splits - 1) return;
+      p = partial(group, 0);
+      for (int64_t other = 1; other < splits; ++other) merge(p, partial(group, other), count);
+    }
+    write_rows(a, p, b, h, first, count);
+  });
+}
+
+}  // namespace tqc

@@ -1,0 +1,153 @@
+// Encoding of one page, step by step as the reference does it.
+#pragma once
+#include <cfloat>
+
+#include "page.h"
+
+namespace tqc {
+
+inline vf gather_boundaries(vi index, const Format& f) {
+#if defined(__AVX512F__)
+  if (f.bits <= 5)
+    return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(f.boundaries), (__m512i)index, _mm512_loadu_ps(f.boundaries + 16));
+  return (vf)_mm512_i32gather_ps((__m512i)index, f.boundaries, 4);
+#elif defined(__AVX2__)
+  return (vf)_mm256_i32gather_ps(f.boundaries, (__m256i)index, 4);
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = f.boundaries[index[i]];
+  return v;
+#endif
+}
+
+// Number of boundaries below each x, by bisection without branches.
+inline vi search(vf x, const Format& f) {
+  vi code{};
+  for (int half = 1 << (f.bits - 1); half; half >>= 1) code += (x > gather_boundaries(code + (half - 1), f)) & half;
+  return code;
+}
+
+inline bool all_finite(const float* x, int n) {
+  vf sum{};
+  for (int i = 0; i < n; i += W) sum += load(x + i) * 0.0f;
+  return hsum(sum) == 0.0f;
+}
+
+// Rows with a NaN or an infinity become zeros; bit t of the result is set for row t.
+inline uint32_t clear_bad(float* x, int ld) {
+  uint32_t bad = 0;
+  for (int t = 0; t < PAGE; ++t)
+    if (!all_finite(x + t * ld, ld)) {
+      bad |= 1u << t;
+      memset(x + t * ld, 0, ld * sizeof(float));
+    }
+  return bad;
+}
+
+// Mean of the rows that are not bad, out [ld].
+inline void good_mean(float* out, const float* y, int ld, uint32_t bad) {
+  int count = 0;
+  for (int t = 0; t < PAGE; ++t) count += !(bad >> t & 1);
+  vf divisor = splat(float(count ? count : 1));
+  for (int i = 0; i < ld; i += W) {
+    vf sum{};
+    for (int t = 0; t < PAGE; ++t)
+      if (!(bad >> t & 1)) sum += load(y + t * ld + i) / divisor;
+    store(out + i, sum);
+  }
+}
+
+inline int scale_code(float scale, float base) {
+  float ratio = base > 0 ? scale / base : 0.0f;
+  if (!(ratio > 0)) return SCALE_ZERO;
+  float code = std::nearbyint(-32.0f * std::log2(ratio));
+  return code < 0 ? 0 : code > SCALE_NAN - 1 ? SCALE_NAN - 1 : int(code);
+}
+
+inline void pack_row(uint8_t* page, const uint8_t* codes, int t, const Format& f) {
+  for (int p = 0; p < f.plane_count; ++p) {
+    const Plane& plane = f.planes[p];
+    int fields = 8 / plane.width, stride = f.dim / fields, mask = (1 << plane.width) - 1;
+    uint8_t* out = page + plane.offset + t * stride;
+    memset(out, 0, stride);
+    for (int field = 0; field < fields; ++field)
+      for (int i = 0; i < stride; ++i)
+        out[i] |= ((codes[field * stride + i] >> plane.shift) & mask) << (field * plane.width);
+  }
+}
+
+// Head centre from the first page, x [32, padded(dim)] as it came; `y` is scratch of the same shape, x is spoilt.
+inline void head_centre(float* out, float* x, float* y, const Format& f) {
+  int ld = padded(f.dim);
+  uint32_t bad = clear_bad(x, ld);
+  rotate_rows(y, x, PAGE, f, false);
+  good_mean(out, y, ld, bad);
+}
+
+// Encode x [32, padded(dim)], zeros in the padding; `r` is scratch of the same shape, x is spoilt.
+inline void encode_page(uint8_t* page, float* x, float* r, const float* centre, const Format& f) {
+  const int ld = padded(f.dim);
+  uint32_t bad = clear_bad(x, ld);
+  rotate_rows(r, x, PAGE, f, false);
+  memset(page, 0, f.page_bytes);
+  alignas(64) float mean[512], real[512];
+  for (int i = 0; i < ld; ++i) real[i] = i < f.dim;
+  if (f.centred) {
+    for (int t = 0; t < PAGE; ++t)
+      for (int i = 0; i < ld; i += W) store(r + t * ld + i, load(r + t * ld + i) - load(centre + i));
+    good_mean(mean, r, ld, bad);
+    float peak = 0;
+    for (int i = 0; i < f.dim; ++i) peak = std::max(peak, std::fabs(mean[i]));
+    float step = peak / 127.0f;
+    memcpy(page + 4, &step, 4);
+    for (int i = 0; i < f.dim; ++i) {
+      float code = step > 0 ? std::nearbyint(mean[i] / step) : 0.0f;
+      page[f.centre_offset + i] = uint8_t(int8_t(code));
+      mean[i] = code * step;
+    }
+    for (int i = f.dim; i < ld; ++i) mean[i] = 0;
+    for (int t = 0; t < PAGE; ++t)
+      for (int i = 0; i < ld; i += W)
+        store(r + t * ld + i, (bad >> t & 1) ? vf{} : load(r + t * ld + i) - load(mean + i));
+  }
+
+  float peaks[PAGE], scales[PAGE], base = 0;
+  for (int t = 0; t < PAGE; ++t) {
+    float* row = r + t * ld;
+    vf top{};
+    for (int i = 0; i < ld; i += W) top = vmax(top, vabs(load(row + i) * load(real + i)));
+    peaks[t] = hmax(top);
+    vf divisor = splat(std::max(peaks[t], FLT_MIN)), squares{};
+    for (int i = 0; i < ld; i += W) {
+      vf unit = load(row + i) * load(real + i) / divisor;
+      squares += unit * unit;
+    }
+    scales[t] = peaks[t] * std::sqrt(hsum(squares) / f.dim);
+    base = std::max(base, scales[t]);
+  }
+  float corrected[PAGE], top = 0;
+  for (int t = 0; t < PAGE; ++t) {
+    const float* row = r + t * ld;
+    uint8_t codes[512];
+    vf divisor = splat(std::max(scale_factors[scale_code(scales[t], base)] * base, FLT_MIN));
+    vf by = splat(std::max(peaks[t], FLT_MIN)), product{}, square{};
+    for (int i = 0; i < ld; i += W) {
+      vf x_i = load(row + i);
+      vi code = search(x_i / divisor, f);
+      vf level;
+      for (int lane = 0; lane < W; ++lane) level[lane] = f.levels[code[lane]];
+      level *= load(real + i);
+      product += x_i / by * level;
+      square += level * level;
+      for (int lane = 0; lane < W; ++lane) codes[i + lane] = uint8_t(code[lane]);
+    }
+    corrected[t] = std::max(peaks[t] * hsum(product) / hsum(square), 0.0f);
+    top = std::max(top, corrected[t]);
+    pack_row(page, codes, t, f);
+  }
+  memcpy(page, &top, 4);
+  for (int t = 0; t < PAGE; ++t)
+    page[SCALES_OFFSET + t] = (bad >> t & 1) ? SCALE_NAN : scale_code(corrected[t], top);
+}
+
+}  // namespace tqc

@@ -1,0 +1,127 @@
+// The packed format as the kernels see it, and where each stored token lives.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <utility>
+
+#include "vec.h"
+
+namespace tqc {
+
+constexpr int PAGE = 32;
+constexpr int SCALES_OFFSET = 16;
+constexpr int SCALE_NAN = 254, SCALE_ZERO = 255;
+
+struct Plane {
+  int width, shift, offset;
+};
+
+// All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
+struct Format {
+  int dim, bits, centred, sinks, window, page_bytes, centre_offset, plane_count;
+  Plane planes[4];
+  float levels[256];       // unused entries are 0
+  float boundaries[256];   // unused entries are +inf
+  float* rotation;         // R, row-major
+  float* rotation_t;       // R'
+  float* signs;            // of a pure Hadamard rotation, R = hadamard_scale H diag(signs); else null
+  float hadamard_scale;
+  int8_t levels8[64];      // round(levels / level8_step), for at most 6 bits
+  float level8_step;
+};
+
+// Factor of each scale code; exact powers of two times the first 32.
+extern float scale_factors[256];
+
+// The parts of one packed tensor, addressed in bytes.
+struct Store {
+  const Format* f;
+  uint8_t* pages;
+  int64_t pages_batch, pages_head, pages_page, page_count;
+  char* dense;
+  int64_t dense_batch, dense_head, dense_row;
+  Dtype dtype;
+  int64_t* state;
+
+  uint8_t* page(int64_t b, int64_t h, int64_t p) const {
+    return pages + b * pages_batch + h * pages_head + p * pages_page;
+  }
+  char* row(int64_t b, int64_t h, int64_t r) const { return dense + b * dense_batch + h * dense_head + r * dense_row; }
+  char* ring(int64_t b, int64_t h, int64_t u) const { return row(b, h, 1 + f->sinks + u % f->window); }
+};
+
+// A strided dense tensor [batch, heads, rows, dim], last dim contiguous.
+struct Dense {
+  char* data;
+  int64_t batch, head, row;
+  Dtype dtype;
+  char* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r * row; }
+};
+
+enum class Kind { Packed, Rows, Zeros };
+
+// Tokens [t, end) that lie together: in one page from token `offset` on, or in rows `stride` bytes apart.
+struct Run {
+  Kind kind;
+  int64_t end;
+  const uint8_t* page;
+  int offset;
+  const char* rows;
+  int64_t stride;
+  Dtype dtype;
+};
+
+// What attention and read see of one stored tensor followed by new tokens: positions [0, length) are stored (or a
+// gap of zeros from `stored` on), then `fresh` new tokens, then zeros.
+struct View {
+  Store store;
+  Dense news;
+  int64_t stored, packed, length, fresh;
+
+  int64_t packed_begin() const { return store.f->sinks; }
+  int64_t packed_end() const { return std::min<int64_t>(store.f->sinks + packed, stored); }
+
+  Run at(int64_t b, int64_t h, int64_t t, int64_t limit) const {
+    const Format& f = *store.f;
+    if (t < stored) {
+      if (t < f.sinks) return rows(std::min<int64_t>(f.sinks, stored), limit, store.row(b, h, 1 + t), store.dense_row, store.dtype);
+      int64_t u = t - f.sinks;
+      if (u < packed) {
+        int64_t end = std::min<int64_t>({(u / PAGE + 1) * PAGE + f.sinks, stored, limit});
+        return {Kind::Packed, end, store.page(b, h, u / PAGE), int(u % PAGE), nullptr, 0, F32};
+      }
+      return rows(std::min<int64_t>(t + f.window - u % f.window, stored), limit, store.ring(b, h, u), store.dense_row, store.dtype);
+    }
+    if (t >= length && t < length + fresh)
+      return rows(length + fresh, limit, news.at(b, h, t - length), news.row, news.dtype);
+    return {Kind::Zeros, t < length ? std::min(length, limit) : limit, nullptr, 0, nullptr, 0, F32};
+  }
+
+ private:
+  static Run rows(int64_t end, int64_t limit, const char* p, int64_t stride, Dtype dtype) {
+    return {Kind::Rows, std::min(end, limit), nullptr, 0, p, stride, dtype};
+  }
+};
+
+// Grows on demand, never shrinks; one per thread.
+struct Scratch {
+  char* data = nullptr;
+  size_t size = 0, used = 0;
+  ~Scratch() { free(data); }
+  void reserve(size_t bytes) {
+    used = 0;
+    if (bytes <= size) return;
+    free(data);
+    size = (bytes + 4095) / 4096 * 4096;
+    data = (char*)aligned_alloc(64, size);
+  }
+  template <class T>
+  T* take(size_t count) {
+    T* p = (T*)(data + used);
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+}  // namespace tqc

@@ -1,0 +1,151 @@
+// Small dense products in float32, transposes, and the rotation of the packed format.
+#pragma once
+#include "format.h"
+#include "vec.h"
+
+namespace tqc {
+
+constexpr int GEMM_ROWS = W == 16 ? 8 : W == 8 ? 6 : 4;
+
+template <int M, int V>
+inline void gemm_block(float* c, int ldc, const float* a, int lda, const float* b, int ldb, int depth, bool add) {
+  vf sum[M][V];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < V; ++j) sum[i][j] = add ? load(c + i * ldc + j * W) : vf{};
+  for (int k = 0; k < depth; ++k) {
+    vf right[V];
+    for (int j = 0; j < V; ++j) right[j] = load(b + k * ldb + j * W);
+    for (int i = 0; i < M; ++i) {
+      vf left = splat(a[i * lda + k]);
+      for (int j = 0; j < V; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, sum[i][j]);
+}
+
+template <int M>
+inline void gemm_rows(float* c, int ldc, const float* a, int lda, const float* b, int ldb, int cols, int depth,
+                      bool add) {
+  int j = 0;
+  for (; j + 2 * W <= cols; j += 2 * W) gemm_block<M, 2>(c + j, ldc, a, lda, b + j, ldb, depth, add);
+  for (; j < cols; j += W) gemm_block<M, 1>(c + j, ldc, a, lda, b + j, ldb, depth, add);
+}
+
+// c[rows, cols] (+)= a[rows, depth] b[depth, cols]; cols is a multiple of PAD.
+inline void gemm(float* c, int ldc, const float* a, int lda, const float* b, int ldb, int rows, int cols, int depth,
+                 bool add) {
+  int i = 0;
+  for (; i + GEMM_ROWS <= rows; i += GEMM_ROWS)
+    gemm_rows<GEMM_ROWS>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, cols, depth, add);
+  float* ci = c + i * ldc;
+  const float* ai = a + i * lda;
+  switch (rows - i) {
+    case 1: return gemm_rows<1>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    case 2: return gemm_rows<2>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    case 3: return gemm_rows<3>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    case 4: return gemm_rows<4>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    case 5: return gemm_rows<5>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    case 6: return gemm_rows<6>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    case 7: return gemm_rows<7>(ci, ldc, ai, lda, b, ldb, cols, depth, add);
+    default: return;
+  }
+}
+
+inline float dot(const float* a, const float* b, int padded_n) {
+  vf sum{};
+  for (int i = 0; i < padded_n; i += W) sum += load(a + i) * load(b + i);
+  return hsum(sum);
+}
+
+// Transposes by perfect shuffles: log2(n) rounds of interleaving row i with row i + n/2.
+template <class V, int... I>
+inline V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * int(sizeof...(I)))...);
+}
+template <class V, int... I>
+inline V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (n / 2 + I / 2 + (I % 2) * n)...);
+}
+template <class V, int N>
+inline void transpose_square(V (&rows)[N]) {
+  using Lanes = std::make_integer_sequence<int, N>;
+  V next[N];
+  for (int round = 1; round < N; round *= 2) {
+    for (int i = 0; i < N / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + N / 2], Lanes{});
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + N / 2], Lanes{});
+    }
+    for (int i = 0; i < N; ++i) rows[i] = next[i];
+  }
+}
+
+// out[cols, 32] = in[32, cols] for bytes; cols and ld are multiples of 16.
+inline void transpose_bytes(uint8_t* out, const uint8_t* in, int ld, int cols) {
+  for (int half = 0; half < 32; half += 16)
+    for (int c = 0; c < cols; c += 16) {
+      b16 rows[16];
+      for (int i = 0; i < 16; ++i) rows[i] = load_as<b16>(in + (half + i) * ld + c);
+      transpose_square<b16, 16>(rows);
+      for (int i = 0; i < 16; ++i) memcpy(out + (c + i) * 32 + half, &rows[i], 16);
+    }
+}
+// out[cols, 32] = in[32, cols] for floats; cols and ld are multiples of PAD.
+inline void transpose_floats(float* out, const float* in, int ld, int cols) {
+  for (int t = 0; t < 32; t += W)
+    for (int c = 0; c < cols; c += W) {
+      vf rows[W];
+      for (int i = 0; i < W; ++i) rows[i] = load(in + (t + i) * ld + c);
+      transpose_square<vf, W>(rows);
+      for (int i = 0; i < W; ++i) store(out + (c + i) * 32 + t, rows[i]);
+    }
+}
+
+template <int... I>
+inline vf swap_lanes(vf v, int step, std::integer_sequence<int, I...>) {
+  switch (step) {
+    case 1: return __builtin_shufflevector(v, v, (I ^ 1)...);
+    case 2: return __builtin_shufflevector(v, v, (I ^ 2)...);
+    case 4: return __builtin_shufflevector(v, v, ((I ^ 4) % W)...);
+    default: return __builtin_shufflevector(v, v, ((I ^ 8) % W)...);
+  }
+}
+
+// Walsh-Hadamard transform in place, not scaled; n is a power of two and a multiple of PAD.
+inline void hadamard(float* x, int n) {
+  using Lanes = std::make_integer_sequence<int, W>;
+  for (int i = 0; i < n; i += W) {
+    vf v = load(x + i);
+    for (int step = 1; step < W; step *= 2) {
+      vf sign;
+      for (int lane = 0; lane < W; ++lane) sign[lane] = lane & step ? -1.0f : 1.0f;
+      v = swap_lanes(v, step, Lanes{}) + v * sign;
+    }
+    store(x + i, v);
+  }
+  for (int step = W; step < n; step *= 2)
+    for (int block = 0; block < n; block += 2 * step)
+      for (int i = block; i < block + step; i += W) {
+        vf a = load(x + i), b = load(x + i + step);
+        store(x + i, a + b);
+        store(x + i + step, a - b);
+      }
+}
+
+// out = R in (or R' in) for each row; both [rows, padded(dim)], not the same memory.
+inline void rotate_rows(float* out, const float* in, int rows, const Format& f, bool inverse) {
+  int ld = padded(f.dim);
+  if (!f.signs) return gemm(out, ld, in, ld, inverse ? f.rotation : f.rotation_t, ld, rows, ld, f.dim, false);
+  for (int r = 0; r < rows; ++r) {
+    float* y = out + r * ld;
+    const float* x = in + r * ld;
+    for (int i = 0; i < ld; i += W) store(y + i, inverse ? load(x + i) : load(x + i) * load(f.signs + i));
+    hadamard(y, f.dim);
+    vf factor = splat(f.hadamard_scale);
+    for (int i = 0; i < ld; i += W)
+      store(y + i, inverse ? load(y + i) * factor * load(f.signs + i) : load(y + i) * factor);
+  }
+}
+
+}  // namespace tqc

@@ -1,0 +1,119 @@
+// Decoding of one page: codes, levels, scales and centres.
+#pragma once
+#include "linear.h"
+
+namespace tqc {
+
+template <int width, bool first>
+inline void unpack_rows(uint8_t* out, int ld, const uint8_t* in, int dim, int shift) {
+  constexpr int fields = 8 / width;
+  int stride = dim / fields;
+  for (int t = 0; t < PAGE; ++t, in += stride, out += ld)
+    for (int field = 0; field < fields; ++field) {
+      uint8_t* o = out + field * stride;
+      for (int i = 0; i < stride; ++i) {
+        uint8_t value = ((in[i] >> (field * width)) & ((1 << width) - 1)) << shift;
+        o[i] = first ? value : o[i] | value;
+      }
+    }
+}
+
+// Codes of a page, [32, ld] bytes; what lies between dim and ld is left as it was.
+inline void unpack_page(uint8_t* out, int ld, const uint8_t* page, const Format& f) {
+  for (int p = 0; p < f.plane_count; ++p) {
+    const Plane& plane = f.planes[p];
+    const uint8_t* in = page + plane.offset;
+    switch (plane.width * 2 + (p == 0)) {
+      case 17: unpack_rows<8, true>(out, ld, in, f.dim, 0); break;
+      case 9: unpack_rows<4, true>(out, ld, in, f.dim, 0); break;
+      case 5: unpack_rows<2, true>(out, ld, in, f.dim, 0); break;
+      case 3: unpack_rows<1, true>(out, ld, in, f.dim, 0); break;
+      case 4: unpack_rows<2, false>(out, ld, in, f.dim, plane.shift); break;
+      case 2: unpack_rows<1, false>(out, ld, in, f.dim, plane.shift); break;
+    }
+  }
+}
+
+// out[i] = levels[codes[i]]; count is a multiple of 16.
+inline void look_up(float* out, const uint8_t* codes, int count, const Format& f) {
+#if defined(__AVX512F__)
+  if (f.bits <= 5) {
+    __m512 low = _mm512_loadu_ps(f.levels), high = _mm512_loadu_ps(f.levels + 16);
+    for (int i = 0; i < count; i += 16) {
+      __m512i index = _mm512_cvtepu8_epi32(load_as<__m128i>(codes + i));
+      _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(low, index, high));
+    }
+    return;
+  }
+  for (int i = 0; i < count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_i32gather_ps(_mm512_cvtepu8_epi32(load_as<__m128i>(codes + i)), f.levels, 4));
+#elif defined(__AVX2__)
+  for (int i = 0; i < count; i += 8)
+    _mm256_storeu_ps(out + i,
+                     _mm256_i32gather_ps(f.levels, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i))), 4));
+#else
+  for (int i = 0; i < count; ++i) out[i] = f.levels[codes[i]];
+#endif
+}
+
+inline float read_float(const uint8_t* p) {
+  float x;
+  memcpy(&x, p, 4);
+  return x;
+}
+
+// Scale of each token of the page, out [32].
+inline void page_scales(float* out, const uint8_t* page) {
+  float base = read_float(page);
+  const uint8_t* code = page + SCALES_OFFSET;
+#if defined(__AVX512F__)
+  __m512 low = _mm512_loadu_ps(scale_factors), high = _mm512_loadu_ps(scale_factors + 16);
+  for (int i = 0; i < PAGE; i += 16) {
+    __m512i c = _mm512_cvtepu8_epi32(load_as<__m128i>(code + i));
+    __m512 factor = _mm512_permutex2var_ps(low, c, high);
+    __m512i exponent = _mm512_slli_epi32(_mm512_srli_epi32(c, 5), 23);
+    factor = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(factor), exponent));
+    factor = _mm512_mask_mov_ps(factor, _mm512_cmpeq_epi32_mask(c, _mm512_set1_epi32(SCALE_NAN)),
+                                _mm512_set1_ps(NAN));
+    factor = _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(c, _mm512_set1_epi32(SCALE_ZERO)), factor);
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(factor, _mm512_set1_ps(base)));
+  }
+#else
+  for (int i = 0; i < PAGE; ++i) out[i] = scale_factors[code[i]] * base;
+#endif
+}
+
+// The page's own centre, out [padded(dim)], zeros behind dim.
+inline void page_centre(float* out, const uint8_t* page, const Format& f) {
+  float step = read_float(page + 4);
+  const int8_t* code = (const int8_t*)page + f.centre_offset;
+  for (int i = 0; i < f.dim; ++i) out[i] = code[i] * step;
+  for (int i = f.dim; i < padded(f.dim); ++i) out[i] = 0;
+}
+
+// Decoded tokens [offset, offset + count) of a page, in the model's basis: out [count, padded(dim)].
+// `codes` and `rotated` are scratch of 32 rows of padded(dim).
+inline void decode_page(float* out, const uint8_t* page, const float* head_centre, const Format& f, int offset,
+                        int count, uint8_t* codes, float* rotated) {
+  int ld = padded(f.dim);
+  float scales[PAGE], centre[512];
+  unpack_page(codes, ld, page, f);
+  page_scales(scales, page);
+  look_up(rotated, codes + offset * ld, count * ld, f);
+  if (f.centred) {
+    page_centre(centre, page, f);
+    for (int i = 0; i < ld; i += W) store(centre + i, load(centre + i) + load(head_centre + i));
+  }
+  for (int t = 0; t < count; ++t) {
+    vf scale = splat(scales[offset + t]);
+    float* row = rotated + t * ld;
+    for (int i = 0; i < ld; i += W) {
+      vf y = load(row + i) * scale;
+      store(row + i, f.centred ? y + load(centre + i) : y);
+    }
+    for (int i = f.dim; i < ld; ++i) row[i] = 0;
+  }
+  rotate_rows(out, rotated, count, f, true);
+}
+
+}  // namespace tqc

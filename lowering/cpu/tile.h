@@ -1,0 +1,197 @@
+// Scores, softmax and weighted sum of up to 32 tokens for a block of query rows, in float32.
+#pragma once
+#include "page.h"
+
+namespace tqc {
+
+extern thread_local Scratch scratch;
+extern bool use_int8;  // tests turn it off
+
+// Broadcast to [batch, query heads, rows, columns] by byte strides, 0 where an axis is of size 1.
+struct Mask {
+  const char* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+  Dtype dtype = F32;
+};
+
+struct Tile {
+  const View &k, &v;
+  const int64_t b, h;
+  const int count, ldk, ldv;
+  float *out, *top, *sum;  // see Partial
+  float scale, softcap;
+  const Mask* mask;
+  int64_t head, first, causal_limit;
+  int group;
+
+  float *query, *rotated, *head_bias, *bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
+  uint8_t* codes;
+
+  Tile(const View& k, const View& v, int64_t b, int64_t h, int count)
+      : k(k), v(v), b(b), h(h), count(count), ldk(padded(k.store.f->dim)), ldv(padded(v.store.f->dim)) {}
+
+  void reserve(Scratch& s) {
+    const int widest = std::max(ldk, ldv);
+    s.reserve(4 * (size_t(count) * (2 * ldk + ldv + 34) + 64 * widest + 32 * ldk + 3 * widest + 128) + 64 * widest + 2048);
+    query = s.take<float>(count * ldk);
+    rotated = s.take<float>(count * ldk);
+    unrotated = s.take<float>(count * ldv);
+    head_bias = s.take<float>(count);
+    bias = s.take<float>(count);
+    scores = s.take<float>(count * PAGE);
+    keys = s.take<float>(ldk * PAGE);
+    values = s.take<float>(widest * PAGE);
+    centre_k = s.take<float>(ldk);
+    centre_v = s.take<float>(ldv);
+    centre = s.take<float>(widest);
+    added = s.take<float>(PAGE);
+    codes = s.take<uint8_t>(2 * PAGE * widest);
+  }
+
+  // Call once `query` is filled.
+  void start() {
+    const Format &fk = *k.store.f, &fv = *v.store.f;
+    for (int i = fk.dim; i < ldk; ++i) centre_k[i] = 0;
+    for (int i = fv.dim; i < ldv; ++i) centre_v[i] = 0;
+    to_float(centre_k, k.store.row(b, h, 0), fk.dim, k.store.dtype);
+    to_float(centre_v, v.store.row(b, h, 0), fv.dim, v.store.dtype);
+    if (k.packed_end() <= k.packed_begin()) return;
+    rotate_rows(rotated, query, count, fk, false);
+    for (int r = 0; r < count; ++r) head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
+  }
+
+  // Attend to tokens [t, end), whose values are all packed or all not.
+  void run(int64_t t, int64_t end) {
+    while (t < end) {
+      Run keys_at = k.at(b, h, t, end), values_at = v.at(b, h, t, end);
+      const int tokens = int(std::min<int64_t>({keys_at.end - t, values_at.end - t, PAGE}));
+      score(keys_at, tokens);
+      soften(t, tokens);
+      accumulate(values_at, tokens);
+      t += tokens;
+    }
+  }
+
+  // scores [count, 32] before scale, softcap and mask.
+  void score(const Run& run, int tokens) {
+    const Format& f = *k.store.f;
+    if (run.kind == Kind::Zeros) {
+      memset(scores, 0, sizeof(float) * count * PAGE);
+    } else if (run.kind == Kind::Rows) {
+      for (int t = 0; t < tokens; ++t) {
+        for (int i = f.dim; i < ldk; ++i) values[t * ldk + i] = 0;
+        to_float(values + t * ldk, run.rows + t * run.stride, f.dim, run.dtype);
+      }
+      memset(values + tokens * ldk, 0, sizeof(float) * (PAGE - tokens) * ldk);
+      transpose_floats(keys, values, ldk, ldk);
+      gemm(scores, PAGE, query, ldk, keys, PAGE, count, PAGE, f.dim, false);
+    } else {
+      float scales[2 * PAGE];
+      page_scales(scales, run.page);
+      unpack_page(codes, ldk, run.page, f);
+      uint8_t* turned = (uint8_t*)values;
+      transpose_bytes(turned, codes + run.offset * ldk, ldk, ldk);
+      look_up(keys, turned, f.dim * PAGE, f);
+      gemm(scores, PAGE, rotated, ldk, keys, PAGE, count, PAGE, f.dim, false);
+      if (f.centred) page_centre(centre, run.page, f);
+      for (int t = tokens; t < PAGE; ++t) scales[run.offset + t] = 0;
+      for (int r = 0; r < count; ++r) {
+        vf constant = splat(f.centred ? dot(rotated + r * ldk, centre, ldk) + head_bias[r] : 0.0f);
+        for (int t = 0; t < PAGE; t += W) {
+          float* s = scores + r * PAGE + t;
+          store(s, load(s) * load(scales + run.offset + t) + constant);
+        }
+      }
+    }
+  }
+
+  // Whether a row's 32 columns need `added` or a cut; fills it.
+  void load_mask(int64_t q_head, int64_t row, int64_t t, int tokens) {
+    const char* p = mask->data + b * mask->batch + q_head * mask->head + row * mask->row + t * mask->column;
+    for (int i = 0; i < tokens; ++i, p += mask->column)
+      added[i] = mask->dtype == BOOL ? (*p ? 0.0f : -INFINITY) : scalar_to_float(p, mask->dtype);
+  }
+
+  // Scores to weights e**(s - top), running maximum and sum; rescales `out` where the maximum rose.
+  void soften(int64_t t, int tokens) {
+    int64_t loaded = -1;
+    for (int r = 0; r < count; ++r) {
+      float* s = scores + r * PAGE;
+      const int64_t row = (first + r) / group, q_head = head + (first + r) % group;
+      if (mask->data && (loaded != row || mask->head)) {
+        load_mask(q_head, row, t, tokens);
+        loaded = row;
+      }
+      int64_t visible = std::min<int64_t>(tokens, causal_limit + row + 1 - t);
+      vf peak = splat(-INFINITY);
+      for (int i = 0; i < PAGE; i += W) {
+        vf x = load(s + i) * scale;
+        if (softcap != 0) x = vtanh(x / softcap) * softcap;
+        if (mask->data) {
+          vf m = load(added + i);
+          x = mask->dtype == BOOL ? (m < 0.0f ? m : x) : x + m;
+        }
+        if (visible < i + W)
+          for (int lane = 0; lane < W; ++lane)
+            if (i + lane >= visible) x[lane] = -INFINITY;
+        store(s + i, x);
+        peak = vmax(x, peak);
+      }
+      const float highest = hmax(peak);
+      if (highest > top[r]) {
+        const float factor = top[r] == -INFINITY ? 0.0f : std::exp(top[r] - highest);
+        top[r] = highest;
+        sum[r] *= factor;
+        float* o = out + r * ldv;
+        for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) * factor);
+      }
+      const vf base = splat(top[r] == -INFINITY ? 0.0f : top[r]);
+      vf total{};
+      for (int i = 0; i < PAGE; i += W) {
+        vf p = vexp(load(s + i) - base);
+        store(s + i, p);
+        total += p;
+      }
+      sum[r] += hsum(total);
+    }
+  }
+
+  // out += weights . values
+  void accumulate(const Run& run, int tokens) {
+    const Format& f = *v.store.f;
+    if (run.kind == Kind::Zeros) return;
+    if (run.kind == Kind::Rows) {
+      for (int t = 0; t < tokens; ++t) {
+        for (int i = f.dim; i < ldv; ++i) values[t * ldv + i] = 0;
+        to_float(values + t * ldv, run.rows + t * run.stride, f.dim, run.dtype);
+      }
+      gemm(out, ldv, scores, PAGE, values, ldv, count, ldv, tokens, true);
+      return;
+    }
+    float scales[2 * PAGE];
+    page_scales(scales, run.page);
+    for (int t = tokens; t < PAGE; ++t) scales[run.offset + t] = 0;
+    if (f.centred) {
+      page_centre(centre, run.page, f);
+      for (int i = 0; i < ldv; i += W) store(centre + i, load(centre + i) + load(centre_v + i));
+    }
+    for (int r = 0; r < count; ++r) {
+      vf total{};
+      for (int t = 0; t < PAGE; t += W) {
+        float* s = scores + r * PAGE + t;
+        vf weight = load(s);
+        total += weight;
+        store(s, weight * load(scales + run.offset + t));
+      }
+      if (!f.centred) continue;
+      vf weight = splat(hsum(total));
+      float* o = out + r * ldv;
+      for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) + weight * load(centre + i));
+    }
+    unpack_page(codes, ldv, run.page, f);
+    look_up(values, codes + run.offset * ldv, tokens * ldv, f);
+    gemm(out, ldv, scores, PAGE, values, ldv, count, ldv, tokens, true);
+  }
+};
+
+}  // namespace tqc

@@ -1,0 +1,320 @@
+"""The CPU provider against the reference, at every level this machine runs."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tqc.lowering import cpu
+from tqc.lowering.cpu import build
+
+from tqc import ops
+from tqc.format import PackedFormat
+
+LEVELS = [name for name, needs in build.LEVELS.items() if needs.keys() <= build.cpu_features()]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPSILON = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+if reason := cpu.supported():
+    pytest.skip(f"the CPU provider does not run here: {reason}", allow_module_level=True)
+
+drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+
+
+@pytest.fixture(params=LEVELS)
+def provider(request, monkeypatch):
+    """The provider at one level, its int8 products off: they are tested by their error."""
+    monkeypatch.setenv("TQC_CPU_LEVEL", request.param)
+    kernels = cpu._kernels()
+    kernels.use_int8(False)
+    yield cpu
+    kernels.use_int8(True)
+    monkeypatch.undo()
+    cpu._kernels()
+
+
+def make_store(batch, heads, capacity, fmt, dtype):
+    pages = -(-capacity // 32)
+    return [
+        torch.zeros(batch, heads, pages, fmt.page_bytes, dtype=torch.uint8),
+        torch.zeros(batch, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype),
+        torch.zeros(2, dtype=torch.int64),
+    ]
+
+
+def filled(batch, heads, length, fmt, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    store = make_store(batch, heads, length + 64, fmt, dtype)
+    tokens = torch.randn(batch, heads, length, fmt.head_dim, generator=generator) + torch.randn(
+        1, heads, 1, fmt.head_dim, generator=generator
+    )
+    ops.append(*store, tokens.to(dtype), None, str(fmt))
+    return store
+
+
+def compare(actual, expected, dtype):
+    """Equal up to rounding, and equal in where they are not finite."""
+    actual, expected = actual.float(), expected.float()
+    assert actual.shape == expected.shape
+    bad = ~torch.isfinite(expected)
+    assert torch.equal(bad, ~torch.isfinite(actual))
+    scale = expected[~bad].abs().max().item() if (~bad).any() else 1.0
+    torch.testing.assert_close(actual[~bad], expected[~bad], atol=EPSILON[dtype] * max(scale, 1.0), rtol=0)
+
+
+formats = st.builds(
+    PackedFormat,
+    head_dim=st.sampled_from([8, 64, 72, 80, 96, 112, 128, 256]),
+    bits=st.integers(1, 8),
+    centred=st.booleans(),
+    sink_tokens=st.sampled_from([0, 3, 4]),
+    residual_window=st.sampled_from([32, 64]),
+    rotation=st.sampled_from(["hadamard", "hadamard", "haar"]),
+    seed=st.integers(0, 1),
+)
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=20)
+def test_append_stores_what_the_reference_stores(provider, data):
+    fmt = data.draw(formats)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    ours, theirs = make_store(batch, heads, 1200, fmt, dtype), make_store(batch, heads, 1200, fmt, dtype)
+    for _ in range(data.draw(st.integers(1, 4))):
+        count = data.draw(st.sampled_from([0, 1, 1, 5, 31, 64, 130]))
+        new = torch.randn(batch, heads, count, fmt.head_dim, generator=generator) * 3 + 1
+        if count and data.draw(st.booleans()):
+            new[:, :, data.draw(st.integers(0, count - 1))] = data.draw(st.sampled_from([0.0, math.nan, math.inf, 1e4]))
+        new = new.to(dtype)
+        if data.draw(st.booleans()):
+            new = new.transpose(1, 2).contiguous().transpose(1, 2)
+        length = int(theirs[2][0])
+        start = data.draw(st.sampled_from([None, length, max(0, length - 40), length // 2, length + 7]))
+        start = None if start is None else torch.tensor([start, 123])
+        ops.append(*theirs, new, start, str(fmt))
+        provider.append(*ours, new, start, str(fmt))
+        assert torch.equal(ours[2], theirs[2])
+    compare(ours[1], theirs[1], dtype)
+    length = int(ours[2][0])
+    # What is read must agree; a code may differ where a value lies on a boundary between two levels.
+    a, b = ops.read(*ours, length, str(fmt)).float(), ops.read(*theirs, length, str(fmt)).float()
+    assert torch.equal(a.isnan(), b.isnan())
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    assert (a - b).norm() <= 2 * EPSILON[dtype] * max(b.norm().item(), 1.0) + 0.05 * fmt.head_dim**-0.5 * b.norm()
+    packed = int(ours[2][1]) // 32
+    if dtype is torch.float32 and packed:
+        first_code = fmt.planes[0][2]
+        same = ours[0][:, :, :packed, first_code:] == theirs[0][:, :, :packed, first_code:]
+        assert same.float().mean() >= 0.998
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pages_are_the_references_bytes(provider, bits):
+    fmt = PackedFormat(128, bits, centred=True)
+    new = torch.randn(2, 4, 1100, 128, generator=torch.Generator().manual_seed(bits))
+    ours, theirs = make_store(2, 4, 1200, fmt, torch.float32), make_store(2, 4, 1200, fmt, torch.float32)
+    ops.append(*theirs, new, None, str(fmt))
+    provider.append(*ours, new, None, str(fmt))
+    # The first page's own mean is what the head's centre leaves of it: rounding noise.
+    assert (ours[0][:, :, 1:, 16:] == theirs[0][:, :, 1:, 16:]).float().mean() >= 0.999
+    heads_of_pages = [pages[:, :, 1:34, :8].contiguous().view(torch.float32) for pages in (ours[0], theirs[0])]
+    torch.testing.assert_close(*heads_of_pages, rtol=1e-3, atol=1e-4)  # a tie shifts a scale a little
+    decoded = [ops.read(*store, 1100, str(fmt)) for store in (ours, theirs)]
+    assert (decoded[0] - decoded[1]).norm() <= 1e-3 * decoded[1].norm()
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=15)
+def test_read(provider, data):
+    fmt = data.draw(formats)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    length = data.draw(st.sampled_from([0, 2, 50, 200, 700]))
+    store = filled(2, 2, length, fmt, dtype)
+    wanted = max(0, length + data.draw(st.sampled_from([-90, -1, 0, 10])))
+    actual = provider.read(*store, wanted, str(fmt))
+    assert actual.dtype == dtype and actual.is_contiguous()
+    compare(actual, ops.read(*store, wanted, str(fmt)), dtype)
+
+
+def draw_mask(data, batch, heads, rows, columns, generator):
+    kind = data.draw(st.sampled_from(["none", "none", "bool", "float", "model dtype", "wide", "all false"]))
+    if kind == "none":
+        return None
+    if kind == "wide":
+        columns += data.draw(st.integers(1, 50))
+    shape = [
+        data.draw(st.sampled_from([1, batch])),
+        data.draw(st.sampled_from([1, heads])),
+        data.draw(st.sampled_from([1, rows])),
+        columns,
+    ]
+    shape = shape[data.draw(st.integers(0, 3)) :]
+    if kind in ("bool", "wide", "all false"):
+        mask = torch.rand(shape, generator=generator) < (0.0 if kind == "all false" else 0.7)
+    else:
+        mask = torch.randn(shape, generator=generator).to(torch.float32 if kind == "float" else torch.bfloat16)
+        mask = mask.masked_fill(torch.rand(shape, generator=generator) < 0.3, -math.inf)
+    if mask.ndim >= 2 and data.draw(st.booleans()):
+        mask = mask.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return mask
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=40)
+def test_attend(provider, data):
+    k_fmt, v_fmt = data.draw(formats), data.draw(formats)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    batch, heads, group = (
+        data.draw(st.integers(1, 2)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 2, 5])),
+    )
+    length = data.draw(st.sampled_from([0, 3, 40, 100, 300, 900]))
+    rows = data.draw(st.sampled_from([1, 1, 1, 2, 7, 40, 130]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    k, v = filled(batch, heads, length, k_fmt, dtype, 1), filled(batch, heads, length, v_fmt, dtype, 2)
+    new = data.draw(st.sampled_from([None, 0, rows, rows, rows, 2 * rows + 1]))
+    key = value = None
+    if new is not None:
+        key = torch.randn(batch, new, heads, k_fmt.head_dim, generator=generator).to(dtype).transpose(1, 2)
+        value = torch.randn(batch, heads, new, v_fmt.head_dim, generator=generator).to(dtype)
+    query = torch.randn(batch, rows, heads * group, k_fmt.head_dim, generator=generator).to(dtype).transpose(1, 2)
+    start = data.draw(st.sampled_from([None, None, length, max(0, length - 50), length // 2, length + 11]))
+    columns = (length if start is None else start) + (new or 0)
+    arguments = (
+        query,
+        *k,
+        *v,
+        key,
+        value,
+        draw_mask(data, batch, heads * group, rows, columns, generator),
+        torch.randn(heads * group, generator=generator).to(dtype) if data.draw(st.booleans()) else None,
+        None if start is None else torch.tensor([start]),
+        data.draw(st.sampled_from([k_fmt.head_dim**-0.5, 0.3])),
+        data.draw(st.sampled_from([0.0, 0.0, 20.0])),
+        data.draw(st.booleans()),
+        str(k_fmt),
+        str(v_fmt),
+    )
+    expected, expected_lse = ops.attend(*arguments)
+    actual, lse = provider.attend(*arguments)
+    assert actual.dtype == dtype and actual.transpose(1, 2).is_contiguous()
+    compare(actual, expected, dtype)
+    compare(lse, expected_lse, dtype)  # the reference rounds the stored tokens to this dtype first
+
+
+def decode_arguments(k_fmt, v_fmt, length, batch=1, heads=2, group=4, rows=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(length)
+    k, v = filled(batch, heads, length, k_fmt, dtype, 1), filled(batch, heads, length, v_fmt, dtype, 2)
+    query = torch.randn(batch, heads * group, rows, k_fmt.head_dim, generator=generator).to(dtype)
+    key = torch.randn(batch, heads, rows, k_fmt.head_dim, generator=generator).to(dtype)
+    value = torch.randn(batch, heads, rows, v_fmt.head_dim, generator=generator).to(dtype)
+    scale = k_fmt.head_dim**-0.5
+    return (query, *k, *v, key, value, None, None, None, scale, 0.0, True, str(k_fmt), str(v_fmt))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_splits_and_threads(provider, threads):
+    """A long history is split over tasks whatever the number of threads, which is torch's."""
+    arguments = decode_arguments(PackedFormat(64, 4, True), PackedFormat(64, 2, False), 5000, heads=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual, lse = provider.attend(*arguments)
+    finally:
+        torch.set_num_threads(before)
+    expected, expected_lse = ops.attend(*arguments)
+    compare(actual, expected, torch.float32)
+    compare(lse, expected_lse, torch.float32)
+
+
+@pytest.mark.parametrize("what", ["key", "value", "query", "new key"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_vector_that_is_not_finite_spoils_its_head_alone(provider, what, bad):
+    k_fmt, v_fmt = PackedFormat(64, 3, True), PackedFormat(64, 3, False)
+    arguments = list(decode_arguments(k_fmt, v_fmt, 400))
+    tokens = torch.randn(1, 2, 400, 64)
+    tokens[0, 1, 77, 5] = bad
+    if what in ("key", "value"):
+        store = make_store(1, 2, 400, k_fmt if what == "key" else v_fmt, torch.float32)
+        provider.append(*store, tokens, None, str(k_fmt if what == "key" else v_fmt))
+        arguments[1:4] = store if what == "key" else arguments[1:4]
+        arguments[4:7] = store if what == "value" else arguments[4:7]
+    elif what == "query":
+        arguments[0][0, 4, 0, 0] = bad
+    else:
+        arguments[7][0, 1, 0, 0] = bad
+    for int8 in (False, True):
+        cpu._kernels().use_int8(int8)
+        actual, _ = provider.attend(*arguments)
+        expected, _ = ops.attend(*arguments)
+        assert torch.equal(actual.isfinite().all(-1), expected.isfinite().all(-1))
+        compare(actual[:, :4], expected[:, :4], torch.bfloat16)
+
+
+def test_arguments_that_do_not_fit_are_refused(provider):
+    fmt = PackedFormat(64, 3, True)
+    store = make_store(1, 2, 0, fmt, torch.float32)
+    with pytest.raises(ValueError, match="pages are full"):
+        provider.append(*store, torch.zeros(1, 2, 200, 64), None, str(fmt))
+    with pytest.raises(ValueError, match="does not fit"):
+        provider.append(*store, torch.zeros(1, 3, 1, 64), None, str(fmt))
+    with pytest.raises(TypeError, match="dtype"):
+        provider.append(*store, torch.zeros(1, 2, 1, 64).half(), None, str(fmt))
+    with pytest.raises(ValueError, match="spec"):
+        provider.append(*store, torch.zeros(1, 2, 1, 64), None, str(PackedFormat(128, 3, True)))
+    with pytest.raises(ValueError, match="malformed|version"):
+        provider.read(*store, 1, "nonsense")
+    assert store[2].tolist() == [0, 0]
+
+
+def run_python(code, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+
+
+SUPPORTED = "from tqc.lowering import cpu; print(cpu.supported())"
+
+
+def test_without_a_compiler_it_says_so(tmp_path):
+    done = run_python(SUPPORTED, PATH=str(tmp_path), CXX="", TQC_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in done.stdout
+
+
+def test_a_failed_build_shows_the_compilers_last_lines(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$1" in --version) echo one;; *) echo "error: no memory" >&2; exit 1;; esac\n')
+    compiler.chmod(0o700)
+    done = run_python(SUPPORTED, CXX=str(compiler), TQC_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert "error: no memory" in done.stdout
+    assert not [name for name in os.listdir(tmp_path / "cache")]
+
+
+def test_an_unsafe_cache_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    done = run_python(SUPPORTED, TQC_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "others may write" in done.stdout
+
+
+def test_a_level_that_is_unknown_is_refused(monkeypatch):
+    monkeypatch.setenv("TQC_CPU_LEVEL", "avx1024")
+    assert "must be one of" in cpu.supported()
+    monkeypatch.undo()
+    assert cpu.supported() is None
+
+
+def test_accepts():
+    fmt = PackedFormat(64, 4, True)
+    assert cpu.accepts(fmt, fmt, torch.bfloat16, "cpu") is None
+    assert "cuda" in cpu.accepts(fmt, fmt, torch.bfloat16, "cuda")
+    assert "float64" in cpu.accepts(fmt, fmt, torch.float64, "cpu")
+    assert "head_dim" in cpu.accepts(PackedFormat(512, 4, True), fmt, torch.float32, "cpu")
