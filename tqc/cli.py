@@ -6,6 +6,7 @@ torch and transformers take seconds to import, so each command imports what it n
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ class BadInput(typer.BadParameter):
 
 def main() -> None:
     """Entry point: an error in the input is one line on stderr and exit code 2."""
+    # The bar over GGUF tensors obeys nothing else, and tqdm reads this when torch imports it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     usage_error: Any = typer.BadParameter.__base__
     try:
         code = app(standalone_mode=False)

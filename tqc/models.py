@@ -71,8 +71,6 @@ def encode(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
 def quiet_transformers() -> None:
     """No progress bars and no warnings from transformers; errors still show."""
     _require("transformers")
-    # Read when tqdm is first imported; some of transformers' bars obey nothing else.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 

