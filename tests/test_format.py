@@ -59,7 +59,7 @@ def test_element_e_is_field_e_div_stride_of_byte_e_mod_stride(width):
 def test_parts_of_a_page_are_aligned_and_disjoint(head_dim, bits, centred):
     fmt = PackedFormat(head_dim, bits, centred)
     assert fmt.scales_offset == HEADER_BYTES and fmt.centre_offset == HEADER_BYTES + PAGE_TOKENS
-    end = fmt.centre_offset + (head_dim if centred else 0)
+    end = fmt.centre_offset + (head_dim // 2 if centred else 0)
     for width, shift, offset in fmt.planes:
         assert offset % ALIGNMENT == 0 and 0 <= offset - end < ALIGNMENT
         assert shift == sum(other for other, _, _ in fmt.planes if other > width)

@@ -19,7 +19,7 @@ OFF = 16
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"bits_k": 3, "bits_v": 3},
     "quality": {"bits_k": 4, "bits_v": 4},
-    "small": {"bits_k": 2, "bits_v": 2},
+    "small": {"bits_k": 2, "bits_v": 2, "residual_window": 128},
     "kv-only": {"bits_k": 4, "bits_v": 2},
     "k3v2": {"bits_k": 3, "bits_v": 2},
     "off": {"bits_k": OFF, "bits_v": OFF},
@@ -47,7 +47,7 @@ class Config:
     bits_k: int = 3
     bits_v: int = 3
     sink_tokens: int = 4
-    residual_window: int = 64
+    residual_window: int = 96
     rotation: str = "hadamard"
     seed: int = 0
     skip_layers: tuple[int, ...] = ()

@@ -28,6 +28,9 @@ HEADER_BYTES = 16
 SCALE_STEPS = 32
 SCALE_NAN = 254
 SCALE_ZERO = 255
+# A page's centre is stored as (code + CENTRE_ZERO), codes -7 to 7, in half a byte.
+CENTRE_LIMIT = 7
+CENTRE_ZERO = 8
 ALIGNMENT = 16
 
 
@@ -70,7 +73,11 @@ class PackedFormat:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
 
-    # The spec string names the format in op calls, compiled graphs and files.
+    @cached_property
+    def spec(self) -> str:
+        """Names the format in op calls, compiled graphs and files."""
+        return str(self)
+
     def __str__(self) -> str:
         kind = "centred" if self.centred else "plain"
         return (
@@ -114,12 +121,17 @@ class PackedFormat:
         return HEADER_BYTES
 
     @cached_property
+    def score_variance(self) -> float:
+        """Variance of a coordinate's coding error, as a share of the squared scale (see `tqc.ops.attend`)."""
+        return codebook.distortion(self.head_dim, self.bits)
+
+    @cached_property
     def centre_offset(self) -> int:
         return HEADER_BYTES + PAGE_TOKENS
 
     @cached_property
     def _planes_offset(self) -> int:
-        return _align(self.centre_offset + (self.head_dim if self.centred else 0))
+        return _align(self.centre_offset + (self.head_dim // 2 if self.centred else 0))
 
     @cached_property
     def page_bytes(self) -> int:

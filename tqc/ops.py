@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.quantizer import decode_pages, encode_pages, head_centre, unrotate
+from tqc.quantizer import decode_pages, encode_pages, head_centre, token_scales, unrotate
 
 NAMESPACE = "tqai"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -146,7 +146,7 @@ def attend(
             as a preallocated dense cache holds them.
         sinks: one logit per query head that joins each softmax with a value of zero, [query_heads] (gpt-oss).
         start: as in `append`: stored tokens from there on are ignored, and a gap counts as zeros.
-        scale: factor of the scores.
+        scale: factor of the scores. The score of a packed token is corrected for its coding error (`_correct`).
         softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 for none.
         is_causal: new token i is seen by queries i + n - m and later ones.
 
@@ -186,6 +186,7 @@ def attend(
 
     grouped = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
     scores = (grouped @ keys.transpose(-1, -2)).unflatten(2, (-1, rows)).flatten(1, 2) * scale
+    scores = _correct(scores, query, k_pages, k_state, length, scale, PackedFormat.parse(k_spec))
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None:
@@ -206,6 +207,26 @@ def attend(
     grouped = weights.unflatten(1, (heads, -1)).flatten(2, 3) @ values
     out = grouped.unflatten(2, (-1, rows)).flatten(1, 2).to(query.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def _correct(
+    scores: Tensor, query: Tensor, pages: Tensor, state: Tensor, length: int, scale: float, fmt: PackedFormat
+) -> Tensor:
+    """Add half the variance of the packed tokens' scores.
+
+    A decoded key is the conditional mean of the true one, so exp(score) is too small on average: with a coding error
+    of variance D s_t^2 in each coordinate it lacks the factor exp(D s_t^2 |scale q|^2 / 2).
+    """
+    stored, packed = state.tolist()
+    coded = min(packed, min(stored, length) - fmt.sink_tokens)
+    if coded <= 0:
+        return scores
+    scales = token_scales(pages[:, :, : -(-coded // PAGE_TOKENS)], fmt).flatten(2)[:, :, :coded]
+    group = query.shape[1] // pages.shape[1]
+    energy = (query.float() * scale).square().sum(-1, keepdim=True)
+    half_variance = 0.5 * fmt.score_variance * energy * scales.square().repeat_interleave(group, 1).unsqueeze(2)
+    columns = (fmt.sink_tokens, scores.shape[-1] - fmt.sink_tokens - coded)
+    return scores + torch.nn.functional.pad(half_variance, columns)
 
 
 for _name, _function in {"append": append, "read": read, "attend": attend}.items():

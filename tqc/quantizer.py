@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 
 from tqc.format import (
+    CENTRE_LIMIT,
+    CENTRE_ZERO,
     PAGE_TOKENS,
     SCALE_NAN,
     SCALE_STEPS,
@@ -79,11 +81,12 @@ def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.T
     page = torch.zeros(*r.shape[:2], fmt.page_bytes, dtype=torch.uint8, device=x.device)
     if fmt.centred:
         mean = _finite_mean(r.masked_fill(bad, float("nan")))
-        step = mean.abs().amax(-1, keepdim=True) / 127
+        step = mean.abs().amax(-1, keepdim=True) / CENTRE_LIMIT
         code = torch.round(mean / step).nan_to_num(0.0, 0.0, 0.0)
         r = r - (code * step).unsqueeze(-2)
         page[..., 4:8] = step.contiguous().view(torch.uint8)
-        page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim] = code.to(torch.int8).view(torch.uint8)
+        nibbles = pack_plane((code + CENTRE_ZERO).to(torch.uint8), 4)
+        page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2] = nibbles
     r = r.masked_fill(bad, 0.0)
 
     # |r| by way of its largest coordinate, so that squares neither overflow nor vanish.
@@ -112,18 +115,22 @@ def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -
 
     The caller rotates back with `unrotate`, or rotates the query instead.
     """
-    base = pages[..., 0:4].contiguous().view(torch.float32).unsqueeze(-1)
-    scale_code = pages[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS]
     codes = torch.zeros(*pages.shape[:-1], PAGE_TOKENS, fmt.head_dim, dtype=torch.uint8, device=pages.device)
     for width, shift, offset in fmt.planes:
         plane = pages[..., offset : offset + PAGE_TOKENS * fmt.head_dim * width // 8]
         codes |= unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift
-    y = fmt.levels(pages.device)[codes.int()] * _scale_of(scale_code.unsqueeze(-1), base)
+    y = fmt.levels(pages.device)[codes.int()] * token_scales(pages, fmt).unsqueeze(-1)
     if fmt.centred:
         step = pages[..., 4:8].contiguous().view(torch.float32)
-        code = pages[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim].view(torch.int8)
-        y = y + (code.float() * step).unsqueeze(-2) + centre.float()[:, :, None, None, :]
+        code = unpack_plane(pages[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2], 4).float()
+        y = y + ((code - CENTRE_ZERO) * step).unsqueeze(-2) + centre.float()[:, :, None, None, :]
     return y.flatten(2, 3)
+
+
+def token_scales(pages: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Scale of each packed token, float32 [batch, heads, n, 32]."""
+    base = pages[..., 0:4].contiguous().view(torch.float32)
+    return _scale_of(pages[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS], base)
 
 
 def unrotate(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
