@@ -116,7 +116,7 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
 
 def _describe(cache: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the file says about `cache`; its tensors are put into `tensors` under names that begin with `prefix`."""
-    kind = type(cache).__name__
+    kind = _kind(cache)
     if isinstance(cache, (tuple, list)):
         layers = [
             [_describe_tensor(tensor, f"{prefix}layers.{i}.{j}", tensors) for j, tensor in enumerate(layer)]
@@ -138,12 +138,18 @@ def _describe(cache: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def _describe_layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    kind = type(layer).__name__
+    kind = _kind(layer)
     if kind not in LAYER_KINDS:
         raise TypeError(f"cannot save {name}: it is a {kind}, and only {', '.join(LAYER_KINDS)} are saved")
     numbers = {attribute: int(getattr(layer, attribute)) for attribute in LAYER_KINDS[kind]}
     parts = {part: _describe_tensor(getattr(layer, part), f"{name}.{part}", tensors) for part in ("keys", "values")}
     return {"kind": kind, **numbers, **parts}
+
+
+def _kind(held: Any) -> str:
+    """Name of a class of transformers; any other class with its module, so that a namesake is not mistaken."""
+    cls = type(held)
+    return cls.__name__ if cls.__module__ == "transformers.cache_utils" else f"{cls.__module__}.{cls.__name__}"
 
 
 def _describe_tensor(tensor: Tensor | None, name: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:

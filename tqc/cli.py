@@ -118,7 +118,7 @@ def run(
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
-        print()
+        print(flush=True)
         _stderr().print(f"[dim]{_summary(result)}[/dim]", highlight=False)
 
 
@@ -249,10 +249,11 @@ def _status(message: str) -> Iterator[Status]:
 
 
 def _summary(result: Generation) -> str:
-    speed = f"{result.tokens_per_s:.1f} tokens/s" if result.tokens_per_s else "one token"
+    count = len(result.tokens)
+    speed = f" ({result.tokens_per_s:.1f} tokens/s once compiled)" if result.tokens_per_s else ""
     return (
-        f"first token after {result.first_token_s:.1f} s, {speed}, cache {_bytes(result.cache_bytes)} "
-        f"for {result.prompt_tokens + len(result.tokens)} tokens"
+        f"first token after {result.first_token_s:.1f} s, {count} tokens in {result.total_s:.1f} s{speed}, "
+        f"cache {_bytes(result.cache_bytes)} for {result.prompt_tokens + count} tokens"
     )
 
 

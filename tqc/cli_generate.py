@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ class Generation:
     Attributes:
         tokens: generated ones, without the prompt.
         first_token_s: from the call to the first token, compilation included.
-        tokens_per_s: of the tokens after the first; None if there is only one.
+        total_s: from the call to the last token.
+        tokens_per_s: 1 / the median time of a token after the first, so that compiling between two tokens does not
+            count; None if there is only one.
         cache_bytes: every byte that the cache holds at the end.
         logits: float32 [len(tokens), vocabulary].
     """
@@ -31,6 +35,7 @@ class Generation:
     text: str
     prompt_tokens: int
     first_token_s: float
+    total_s: float
     tokens_per_s: float | None
     cache_bytes: int
     logits: Tensor
@@ -41,6 +46,7 @@ class Generation:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.tokens),
             "first_token_s": self.first_token_s,
+            "total_s": self.total_s,
             "tokens_per_s": self.tokens_per_s,
             "cache_bytes": self.cache_bytes,
         }
@@ -120,13 +126,14 @@ def generate(
     )
     tokens = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     times = clock.times
-    decode_s = times[-1] - times[0]
+    steps = [after - before for before, after in itertools.pairwise(times)]
     return Generation(
         tokens=tokens,
         text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
         prompt_tokens=inputs["input_ids"].shape[1],
         first_token_s=times[0] - start,
-        tokens_per_s=(len(times) - 1) / decode_s if len(times) > 1 else None,
+        total_s=times[-1] - start,
+        tokens_per_s=1 / statistics.median(steps) if steps else None,
         cache_bytes=tqc.cache_bytes(result.past_key_values),
         logits=torch.cat(result.logits).float(),
     )

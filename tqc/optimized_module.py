@@ -33,11 +33,12 @@ def _getattr(self: OptimizedModule, name: str) -> Any:
         and not name.startswith("_")
         and _options(self.__dict__.get("dynamo_ctx")) is not None
     ):
-        return _with_compiled_call(self, attribute)
+        return with_compiled_call(self, attribute)
     return attribute
 
 
-def _with_compiled_call(compiled: OptimizedModule, method: types.MethodType) -> Callable[..., Any]:
+def with_compiled_call(compiled: OptimizedModule, method: types.MethodType) -> Callable[..., Any]:
+    """`method` of the module that `compiled` wraps, such that the module's own calls run compiled meanwhile."""
     module: torch.nn.Module = method.__self__  # type: ignore[assignment]
 
     @functools.wraps(method)

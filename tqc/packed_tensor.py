@@ -14,6 +14,7 @@ from tqc.format import PackedFormat
 from tqc.storage import Storage
 
 aten = torch.ops.aten
+_NO_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 class PackedTensor(torch.Tensor):
@@ -59,16 +60,27 @@ class PackedTensor(torch.Tensor):
         return self.storage.fmt
 
     def __tensor_flatten__(self) -> tuple[list[str], str]:
-        return ["pages", "dense", "state"], str(self.storage.fmt)
+        return ["pages", "dense", "state"], self.storage.fmt.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: str, outer_size: Any, outer_stride: Any) -> PackedTensor:
         storage = Storage(inner["pages"], inner["dense"], inner["state"], PackedFormat.parse(spec), None, None)
         return PackedTensor(storage, outer_size[2])
 
+    # Methods below are overridden where dispatch comes too late: autograd would make the whole tensor the base of each
+    # prefix and keep it alive, so that appending to a cropped cache had to copy; `repeat_interleave` decomposes.
+    def __getitem__(self, index: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(_NO_VIEWS):
+            return super().__getitem__(index)
+
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Tensor:
+        if dim != 0 or not isinstance(repeats, int):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        return _select_rows(self, torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats))
+
     def dequantize(self) -> Tensor:
         """Dense copy, [batch, heads, length, head_dim] in this tensor's dtype."""
-        return torch.ops.tqai.read(self.pages, self.dense, self.state, self.shape[2], str(self.fmt))
+        return torch.ops.tqai.read(self.pages, self.dense, self.state, self.shape[2], self.fmt.spec)
 
     def packed_nbytes(self) -> int:
         """Bytes held: codes, scales, centres, sinks, window and spare capacity."""
@@ -98,8 +110,10 @@ class PackedTensor(torch.Tensor):
                 return result
         if func is aten.detach.default:
             return PackedTensor(args[0].storage, args[0].shape[2])
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, PackedTensor) and argument.is_write:
+        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        for argument in func._schema.arguments:
+            written = pytree.tree_leaves(named.get(argument.name)) if argument.is_write else ()
+            if any(isinstance(value, PackedTensor) for value in written):
                 raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
         args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.dequantize, (args, kwargs))
         return func(*args, **kwargs)
@@ -136,7 +150,7 @@ def extend(past: PackedTensor, new: Tensor, append: Callable[..., None] = torch.
     count = new.shape[2]
     storage = past.storage.writable(length)
     storage.reserve(length + count)
-    append(storage.pages, storage.dense, storage.state, new, None, str(storage.fmt))
+    append(storage.pages, storage.dense, storage.state, new, None, storage.fmt.spec)
     storage.appended(count)
     return PackedTensor(storage, length + count)
 
@@ -145,7 +159,7 @@ def pack(new: Tensor, fmt: PackedFormat, append: Callable[..., None] = torch.ops
     """Pack dense keys or values, [batch, heads, n, head_dim]."""
     batch, heads, count, _ = new.shape
     storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, count)
-    append(storage.pages, storage.dense, storage.state, new, None, str(fmt))
+    append(storage.pages, storage.dense, storage.state, new, None, fmt.spec)
     storage.appended(count)
     return PackedTensor(storage, count)
 
@@ -177,13 +191,6 @@ def _index(x: PackedTensor, indices: list[Tensor | None]) -> Any:
     if rows is None or rows.dim() != 1 or any(index is not None for index in others):
         return NotImplemented
     return _select_rows(x, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
-
-
-@_handles(aten.repeat_interleave.self_int)
-def _repeat_interleave(x: PackedTensor, repeats: int, dim: int | None = None, *, output_size: Any = None) -> Any:
-    if dim != 0:
-        return NotImplemented
-    return _select_rows(x, torch.arange(x.shape[0], device=x.device).repeat_interleave(repeats))
 
 
 @_handles(aten.repeat.default)
@@ -228,5 +235,5 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
 def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Callable[..., None] = torch.ops.tqai.append) -> None:
     """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ..."""
     s = x.storage
-    append(s.pages, s.dense, s.state, new, start, str(s.fmt))
+    append(s.pages, s.dense, s.state, new, start, s.fmt.spec)
     s.written_on_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -114,15 +115,18 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         options: of the backend; those that the model was compiled with if it was, else the defaults.
     """
     from tqc.cache_io import cache_bytes
-    from tqc.optimized_module import options_of
+    from tqc.backend import tqai
+    from tqc.optimized_module import options_of, with_compiled_call
 
     inner = getattr(model, "_orig_mod", model)
     settings = {**(options if options is not None else options_of(model) or {}), "rest": "eager"}
-    compiled = torch.compile(inner, backend="tqai", options=settings)
+    # A backend of its own, since dynamo would reuse what it compiled for equal options, and nothing would be seen.
+    compiled = torch.compile(inner, backend=functools.partial(tqai, options=settings))
     cache = None
     with collect() as plans, torch.no_grad():
         if hasattr(inner, "generate"):
-            result = compiled.generate(*args, **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+            generate = with_compiled_call(compiled, inner.generate)
+            result = generate(*args, **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
             cache = getattr(result, "past_key_values", None)
         else:
             compiled(*args, **inputs)

@@ -42,7 +42,7 @@ def pack_at(new: Tensor, start: Tensor, capacity: int, spec: str, provider: str)
 def read(cache: PackedTensor, provider: str) -> Tensor:
     """Dense values of a packed cache, for uses that no kernel takes."""
     s = cache.storage
-    return provider_module(provider).read(s.pages, s.dense, s.state, cache.shape[2], str(s.fmt))
+    return provider_module(provider).read(s.pages, s.dense, s.state, cache.shape[2], s.fmt.spec)
 
 
 def attend_extend(
@@ -64,7 +64,7 @@ def attend_extend(
     k, v = k_cache.storage.writable(length), v_cache.storage.writable(length)
     k.reserve(length + count)
     v.reserve(length + count)
-    k_spec, v_spec = str(k.fmt), str(v.fmt)
+    k_spec, v_spec = k.fmt.spec, v.fmt.spec
     out, _ = kernels.attend(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
         key, value, attn_mask, sinks, None, scale, softcap, is_causal, k_spec, v_spec,
@@ -92,7 +92,7 @@ def attend_write(
     """Attend to a preallocated cache with new tokens at position `start[0]`, and write these into it."""
     kernels = provider_module(provider)
     k, v = k_cache.storage, v_cache.storage
-    k_spec, v_spec = str(k.fmt), str(v.fmt)
+    k_spec, v_spec = k.fmt.spec, v.fmt.spec
     out, _ = kernels.attend(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
         key, value, attn_mask, sinks, start, scale, softcap, False, k_spec, v_spec,
@@ -119,7 +119,7 @@ def attend(
     start = None if k.length == length else torch.tensor([length])
     out, _ = provider_module(provider).attend(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
-        None, None, attn_mask, sinks, start, scale, softcap, False, str(k.fmt), str(v.fmt),
+        None, None, attn_mask, sinks, start, scale, softcap, False, k.fmt.spec, v.fmt.spec,
     )  # fmt: skip
     return out
 
