@@ -70,7 +70,7 @@ def test_parts_of_a_page_are_aligned_and_disjoint(head_dim, bits, centred):
 
 @pytest.mark.parametrize(
     "head_dim, bits, centred, page_bytes",
-    [(64, 4, True, 1136), (64, 3, False, 816), (128, 4, True, 2224), (128, 2, False, 1072), (64, 1, True, 368)],
+    [(64, 4, True, 1104), (64, 3, False, 816), (128, 4, True, 2160), (128, 2, False, 1072), (64, 1, True, 336)],
 )
 def test_page_bytes(head_dim, bits, centred, page_bytes):
     assert PackedFormat(head_dim, bits, centred).page_bytes == page_bytes
