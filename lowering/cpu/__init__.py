@@ -143,6 +143,7 @@ def _try_load(chosen: str) -> ModuleType | build.BuildError:
             boundaries.data_ptr(),
             rotation.data_ptr(),
             fmt.rotation == "hadamard" and power_of_two,
+            fmt.score_variance,
         )
 
     module.setup(

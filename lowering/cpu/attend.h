@@ -77,7 +77,6 @@ inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, i
     for (int i = fk.dim; i < padded(fk.dim); ++i) q[i] = 0;
     to_float(q, a.query.at(b, tile.head + (first + r) % a.group, (first + r) / a.group), fk.dim, a.query.dtype);
     p.top[r] = -INFINITY;
-    p.sum[r] = 0;
   }
   memset(p.out, 0, sizeof(float) * count * p.ld);
   tile.start();
@@ -94,6 +93,7 @@ inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, i
     tile.run(0, std::min(a.v.packed_begin(), limit));
     tile.run(std::max(a.v.packed_begin(), a.v.packed_end()), limit);
   }
+  tile.finish();
 }
 
 inline void attend(const AttendArgs& a) {

@@ -33,14 +33,10 @@ inline bool all_finite(const float* x, int n) {
   return hsum(sum) == 0.0f;
 }
 
-// Rows with a NaN or an infinity become zeros; bit t of the result is set for row t.
-inline uint32_t clear_bad(float* x, int ld) {
+// Bit t is set for row t if it holds a NaN or an infinity.
+inline uint32_t bad_rows(const float* x, int ld) {
   uint32_t bad = 0;
-  for (int t = 0; t < PAGE; ++t)
-    if (!all_finite(x + t * ld, ld)) {
-      bad |= 1u << t;
-      memset(x + t * ld, 0, ld * sizeof(float));
-    }
+  for (int t = 0; t < PAGE; ++t) bad |= uint32_t(!all_finite(x + t * ld, ld)) << t;
   return bad;
 }
 
@@ -76,40 +72,44 @@ inline void pack_row(uint8_t* page, const uint8_t* codes, int t, const Format& f
   }
 }
 
-// Head centre from the first page, x [32, padded(dim)] as it came; `y` is scratch of the same shape, x is spoilt.
-inline void head_centre(float* out, float* x, float* y, const Format& f) {
-  int ld = padded(f.dim);
-  uint32_t bad = clear_bad(x, ld);
+// Head centre from the first page, x [32, padded(dim)] as it came; `y` is scratch of the same shape.
+inline void head_centre(float* out, const float* x, float* y, Dtype dtype, const Format& f) {
+  const int ld = padded(f.dim);
   rotate_rows(y, x, PAGE, f, false);
-  good_mean(out, y, ld, bad);
+  good_mean(out, y, ld, bad_rows(y, ld));
+  const float limit = dtype == F16 ? 65504.0f : dtype == BF16 ? 3.3895314e38f : FLT_MAX;
+  for (int i = 0; i < ld; i += W) store(out + i, vmax(vmin(load(out + i), splat(limit)), splat(-limit)));
 }
 
-// Encode x [32, padded(dim)], zeros in the padding; `r` is scratch of the same shape, x is spoilt.
-inline void encode_page(uint8_t* page, float* x, float* r, const float* centre, const Format& f) {
+// Encode x [32, padded(dim)], zeros in the padding; `r` is scratch of the same shape.
+inline void encode_page(uint8_t* page, const float* x, float* r, const float* centre, const Format& f) {
   const int ld = padded(f.dim);
-  uint32_t bad = clear_bad(x, ld);
   rotate_rows(r, x, PAGE, f, false);
+  if (f.centred)
+    for (int t = 0; t < PAGE; ++t)
+      for (int i = 0; i < ld; i += W) store(r + t * ld + i, load(r + t * ld + i) - load(centre + i));
+  const uint32_t bad = bad_rows(r, ld);
   memset(page, 0, f.page_bytes);
   alignas(64) float mean[512], real[512];
   for (int i = 0; i < ld; ++i) real[i] = i < f.dim;
   if (f.centred) {
-    for (int t = 0; t < PAGE; ++t)
-      for (int i = 0; i < ld; i += W) store(r + t * ld + i, load(r + t * ld + i) - load(centre + i));
     good_mean(mean, r, ld, bad);
     float peak = 0;
     for (int i = 0; i < f.dim; ++i) peak = std::max(peak, std::fabs(mean[i]));
-    float step = peak / 127.0f;
+    const float step = peak / CENTRE_LIMIT;
     memcpy(page + 4, &step, 4);
     for (int i = 0; i < f.dim; ++i) {
-      float code = step > 0 ? std::nearbyint(mean[i] / step) : 0.0f;
-      page[f.centre_offset + i] = uint8_t(int8_t(code));
+      float code = std::nearbyint(mean[i] / step);
+      if (!std::isfinite(code)) code = 0;
+      page[f.centre_offset + i % (f.dim / 2)] |= (int(code) + CENTRE_ZERO) << (i < f.dim / 2 ? 0 : 4);
       mean[i] = code * step;
     }
     for (int i = f.dim; i < ld; ++i) mean[i] = 0;
     for (int t = 0; t < PAGE; ++t)
-      for (int i = 0; i < ld; i += W)
-        store(r + t * ld + i, (bad >> t & 1) ? vf{} : load(r + t * ld + i) - load(mean + i));
+      for (int i = 0; i < ld; i += W) store(r + t * ld + i, load(r + t * ld + i) - load(mean + i));
   }
+  for (int t = 0; t < PAGE; ++t)
+    if (bad >> t & 1) memset(r + t * ld, 0, ld * sizeof(float));
 
   float peaks[PAGE], scales[PAGE], base = 0;
   for (int t = 0; t < PAGE; ++t) {

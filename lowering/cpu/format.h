@@ -12,6 +12,7 @@ namespace tqc {
 constexpr int PAGE = 32;
 constexpr int SCALES_OFFSET = 16;
 constexpr int SCALE_NAN = 254, SCALE_ZERO = 255;
+constexpr int CENTRE_LIMIT = 7, CENTRE_ZERO = 8;
 
 struct Plane {
   int width, shift, offset;
@@ -29,6 +30,7 @@ struct Format {
   float hadamard_scale;
   int8_t levels8[64];      // round(levels / level8_step), for at most 6 bits
   float level8_step;
+  float score_variance;    // of a coordinate's coding error, as a share of the squared scale
 };
 
 // Factor of each scale code; exact powers of two times the first 32.

@@ -213,7 +213,8 @@ PyObject* attend_op(PyObject* const* args) {
     fail(PyExc_ValueError, "query does not fit the stored keys");
   if (v_dense.size(0) != a.batch || v_dense.size(1) != a.heads)
     fail(PyExc_ValueError, "keys and values differ in batch or heads");
-  const bool fresh = args[7] != Py_None && args[8] != Py_None;
+  const bool fresh = args[7] != Py_None;
+  if (fresh != (args[8] != Py_None)) fail(PyExc_ValueError, "key and value must both be given or both be None");
   if (fresh) {
     key.get_rows(args[7], "key");
     value.get_rows(args[8], "value");
@@ -223,6 +224,11 @@ PyObject* attend_op(PyObject* const* args) {
   }
   const int64_t start = start_of(args[11]);
   const int64_t length = start >= 0 ? start : k.state[0];
+  if (std::min(k.state[0], length) != (start >= 0 ? std::min(v.state[0], length) : v.state[0])) {
+    PyErr_Format(PyExc_ValueError, "k_state and v_state must agree: %lld keys are stored and %lld values",
+                 (long long)k.state[0], (long long)v.state[0]);
+    throw Failure{};
+  }
   view_of(a.k, k, length, key, fresh);
   view_of(a.v, v, length, value, fresh);
   a.columns = length + a.k.fresh;
@@ -302,17 +308,19 @@ float* aligned_copy(const float* from, int rows, int dim, bool transposed) {
 }
 
 // make_format(dim, bits, centred, sinks, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
-// is_hadamard) -> address; the last tables are addresses of float32 arrays.
+// is_hadamard, score_variance) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
   int dim, bits, centred, sinks, window, page_bytes, centre_offset, hadamard;
   PyObject* planes;
   unsigned long long levels, boundaries, rotation;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKi", &dim, &bits, &centred, &sinks, &window, &page_bytes, &centre_offset,
-                        &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard))
+  float score_variance;
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKif", &dim, &bits, &centred, &sinks, &window, &page_bytes, &centre_offset,
+                        &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard, &score_variance))
     return nullptr;
   auto* f = new Format{};
   f->dim = dim;
   f->bits = bits;
+  f->score_variance = score_variance;
   f->centred = centred;
   f->sinks = sinks;
   f->window = window;

@@ -4,18 +4,28 @@
 
 namespace tqc {
 
+template <class Block, int width, bool first>
+inline void unpack_row(uint8_t* out, const uint8_t* in, int stride, int shift) {
+  constexpr int size = sizeof(Block);
+  Block mask;
+  memset(&mask, (1 << width) - 1, size);
+  for (int field = 0; field < 8 / width; ++field, out += stride)
+    for (int i = 0; i < stride; i += size) {
+      const int at = i + size <= stride ? i : stride - size;  // the last block overlaps the one before
+      Block value = ((load_as<Block>(in + at) >> (field * width)) & mask) << shift;
+      if (!first) value |= load_as<Block>(out + at);
+      memcpy(out + at, &value, size);
+    }
+}
+
 template <int width, bool first>
 inline void unpack_rows(uint8_t* out, int ld, const uint8_t* in, int dim, int shift) {
-  constexpr int fields = 8 / width;
-  int stride = dim / fields;
-  for (int t = 0; t < PAGE; ++t, in += stride, out += ld)
-    for (int field = 0; field < fields; ++field) {
-      uint8_t* o = out + field * stride;
-      for (int i = 0; i < stride; ++i) {
-        uint8_t value = ((in[i] >> (field * width)) & ((1 << width) - 1)) << shift;
-        o[i] = first ? value : o[i] | value;
-      }
-    }
+  const int stride = dim * width / 8;
+  for (int t = 0; t < PAGE; ++t, in += stride, out += ld) {
+    if (stride >= 16) unpack_row<b16, width, first>(out, in, stride, shift);
+    else if (stride >= 8) unpack_row<uint64_t, width, first>(out, in, stride, shift);
+    else unpack_row<uint8_t, width, first>(out, in, stride, shift);
+  }
 }
 
 // Codes of a page, [32, ld] bytes; what lies between dim and ld is left as it was.
@@ -85,9 +95,11 @@ inline void page_scales(float* out, const uint8_t* page) {
 
 // The page's own centre, out [padded(dim)], zeros behind dim.
 inline void page_centre(float* out, const uint8_t* page, const Format& f) {
-  float step = read_float(page + 4);
-  const int8_t* code = (const int8_t*)page + f.centre_offset;
-  for (int i = 0; i < f.dim; ++i) out[i] = code[i] * step;
+  const float step = read_float(page + 4);
+  const uint8_t* code = page + f.centre_offset;
+  const int half = f.dim / 2;
+  for (int i = 0; i < half; ++i) out[i] = float(int(code[i] & 15) - CENTRE_ZERO) * step;
+  for (int i = 0; i < half; ++i) out[half + i] = float(int(code[i] >> 4) - CENTRE_ZERO) * step;
   for (int i = f.dim; i < padded(f.dim); ++i) out[i] = 0;
 }
 

@@ -96,7 +96,7 @@ inline void append(const AppendArgs& a) {
         for (int i = 0; i < ld; ++i) centre[i] = 0;
         if (f.centred) {
           gather(x, b, h, 0);
-          head_centre(centre, x, r, f);
+          head_centre(centre, x, r, s.dtype, f);
         }
         from_float(s.row(b, h, 0), centre, f.dim, s.dtype);
       }

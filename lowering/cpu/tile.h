@@ -1,6 +1,6 @@
 // Scores, softmax and weighted sum of up to 32 tokens for a block of query rows, in float32.
 #pragma once
-#include "page.h"
+#include "int8.h"
 
 namespace tqc {
 
@@ -25,14 +25,19 @@ struct Tile {
   int group;
 
   float *query, *rotated, *head_bias, *bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
-  uint8_t* codes;
+  uint8_t *codes, *weights8;
+  int8_t* query8;
+  int32_t *scores8, *bias_sum;
+  float *query_step, *factor, *sums, *variance;
+  ScorePage score_page = nullptr;
+  SumPage sum_page = nullptr;
 
   Tile(const View& k, const View& v, int64_t b, int64_t h, int count)
       : k(k), v(v), b(b), h(h), count(count), ldk(padded(k.store.f->dim)), ldv(padded(v.store.f->dim)) {}
 
   void reserve(Scratch& s) {
     const int widest = std::max(ldk, ldv);
-    s.reserve(4 * (size_t(count) * (2 * ldk + ldv + 34) + 64 * widest + 32 * ldk + 3 * widest + 128) + 64 * widest + 2048);
+    s.reserve(4 * (size_t(count) * (3 * ldk + ldv + 2 * PAGE + 8 + W + 16) + 64 * widest + 32 * ldk + 3 * widest + 128) + 64 * widest + 4096);
     query = s.take<float>(count * ldk);
     rotated = s.take<float>(count * ldk);
     unrotated = s.take<float>(count * ldv);
@@ -46,6 +51,14 @@ struct Tile {
     centre = s.take<float>(widest);
     added = s.take<float>(PAGE);
     codes = s.take<uint8_t>(2 * PAGE * widest);
+    weights8 = s.take<uint8_t>(count * PAGE);
+    query8 = s.take<int8_t>(count * ldk);
+    scores8 = s.take<int32_t>(count * PAGE);
+    bias_sum = s.take<int32_t>(count);
+    query_step = s.take<float>(count);
+    factor = s.take<float>(count);
+    sums = s.take<float>(count * W);
+    variance = s.take<float>(count);
   }
 
   // Call once `query` is filled.
@@ -55,8 +68,17 @@ struct Tile {
     for (int i = fv.dim; i < ldv; ++i) centre_v[i] = 0;
     to_float(centre_k, k.store.row(b, h, 0), fk.dim, k.store.dtype);
     to_float(centre_v, v.store.row(b, h, 0), fv.dim, v.store.dtype);
+    memset(sums, 0, sizeof(float) * count * W);
     if (k.packed_end() <= k.packed_begin()) return;
     rotate_rows(rotated, query, count, fk, false);
+    if (use_int8) {
+      score_page = score_page_of(fk);
+      sum_page = sum_page_of(fv);
+    }
+    for (int r = 0; r < count && score_page; ++r)
+      query_step[r] = quantize_query(query8 + r * ldk, rotated + r * ldk, ldk, bias_sum + r) * fk.level8_step;
+    for (int r = 0; r < count; ++r)
+      variance[r] = 0.5f * fk.score_variance * scale * dot(query + r * ldk, query + r * ldk, ldk);
     for (int r = 0; r < count; ++r) head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
   }
 
@@ -72,7 +94,8 @@ struct Tile {
     }
   }
 
-  // scores [count, 32] before scale, softcap and mask.
+  // scores [count, 32] before scale, softcap and mask. Packed tokens' are corrected for their coding error: half the
+  // variance of the score is added, which is D s_t^2 |scale q|^2.
   void score(const Run& run, int tokens) {
     const Format& f = *k.store.f;
     if (run.kind == Kind::Zeros) {
@@ -88,18 +111,27 @@ struct Tile {
     } else {
       float scales[2 * PAGE];
       page_scales(scales, run.page);
-      unpack_page(codes, ldk, run.page, f);
-      uint8_t* turned = (uint8_t*)values;
-      transpose_bytes(turned, codes + run.offset * ldk, ldk, ldk);
-      look_up(keys, turned, f.dim * PAGE, f);
-      gemm(scores, PAGE, rotated, ldk, keys, PAGE, count, PAGE, f.dim, false);
+      const bool int8 = score_page && tokens == PAGE;
+      if (!int8 || !scores_from_planes(f)) unpack_page(codes, ldk, run.page, f);
+      if (int8) {
+        score_page(scores8, run.page, codes, query8, count, ldk, f);
+      } else {
+        uint8_t* turned = (uint8_t*)values;
+        transpose_bytes(turned, codes + run.offset * ldk, ldk, ldk);
+        look_up(keys, turned, f.dim * PAGE, f);
+        gemm(scores, PAGE, rotated, ldk, keys, PAGE, count, PAGE, f.dim, false);
+      }
       if (f.centred) page_centre(centre, run.page, f);
       for (int t = tokens; t < PAGE; ++t) scales[run.offset + t] = 0;
       for (int r = 0; r < count; ++r) {
         vf constant = splat(f.centred ? dot(rotated + r * ldk, centre, ldk) + head_bias[r] : 0.0f);
         for (int t = 0; t < PAGE; t += W) {
           float* s = scores + r * PAGE + t;
-          store(s, load(s) * load(scales + run.offset + t) + constant);
+          vf product = load(s);
+          if (int8)
+            product = __builtin_convertvector(load_as<vi>(scores8 + r * PAGE + t) - bias_sum[r], vf) * query_step[r];
+          const vf token = load(scales + run.offset + t);
+          store(s, (product + token * variance[r]) * token + constant);
         }
       }
     }
@@ -123,7 +155,9 @@ struct Tile {
         loaded = row;
       }
       int64_t visible = std::min<int64_t>(tokens, causal_limit + row + 1 - t);
-      vf peak = splat(-INFINITY);
+      const vf old = splat(top[r]);
+      vf peak = old;
+      vi rose{};
       for (int i = 0; i < PAGE; i += W) {
         vf x = load(s + i) * scale;
         if (softcap != 0) x = vtanh(x / softcap) * softcap;
@@ -135,25 +169,32 @@ struct Tile {
           for (int lane = 0; lane < W; ++lane)
             if (i + lane >= visible) x[lane] = -INFINITY;
         store(s + i, x);
+        rose |= x > old;
         peak = vmax(x, peak);
       }
-      const float highest = hmax(peak);
-      if (highest > top[r]) {
-        const float factor = top[r] == -INFINITY ? 0.0f : std::exp(top[r] - highest);
-        top[r] = highest;
-        sum[r] *= factor;
-        float* o = out + r * ldv;
-        for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) * factor);
+      if (any(rose)) {
+        top[r] = hmax(peak);
+        rescale(r, old[0] == -INFINITY ? 0.0f : std::exp(old[0] - top[r]));
       }
       const vf base = splat(top[r] == -INFINITY ? 0.0f : top[r]);
-      vf total{};
+      vf total = load(sums + r * W);
       for (int i = 0; i < PAGE; i += W) {
         vf p = vexp(load(s + i) - base);
         store(s + i, p);
         total += p;
       }
-      sum[r] += hsum(total);
+      store(sums + r * W, total);
     }
+  }
+
+  void rescale(int r, float by) {
+    store(sums + r * W, load(sums + r * W) * by);
+    float* o = out + r * ldv;
+    for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) * by);
+  }
+
+  void finish() {
+    for (int r = 0; r < count; ++r) sum[r] = hsum(load(sums + r * W));
   }
 
   // out += weights . values
@@ -188,7 +229,13 @@ struct Tile {
       float* o = out + r * ldv;
       for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) + weight * load(centre + i));
     }
-    unpack_page(codes, ldv, run.page, f);
+    bool int8 = sum_page && tokens == PAGE;
+    for (int r = 0; r < count && int8; ++r) {
+      factor[r] = quantize_weights(weights8 + r * PAGE, scores + r * PAGE) * f.level8_step;
+      int8 = factor[r] == factor[r];
+    }
+    if (!int8 || !sums_from_planes(f)) unpack_page(codes, ldv, run.page, f);
+    if (int8) return sum_page(out, ldv, run.page, codes, weights8, factor, count, f);
     look_up(values, codes + run.offset * ldv, tokens * ldv, f);
     gemm(out, ldv, scores, PAGE, values, ldv, count, ldv, tokens, true);
   }
