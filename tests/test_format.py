@@ -1,6 +1,8 @@
 """The byte layout: planes, offsets, spec strings, and files that must decode the same for ever."""
 
 import json
+import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from tqc import codebook
 from tqc.format import (
     ALIGNMENT,
     HEADER_BYTES,
@@ -180,3 +183,62 @@ def test_golden_vectors_encode_to_the_same_codes(case):
     pages = encode_pages(parts[f"{case}.tokens"], parts[f"{case}.centre"], fmt)
     assert pages.shape == parts[f"{case}.pages"].shape
     assert (pages != parts[f"{case}.pages"]).float().mean() < 0.01
+
+
+def decode_token_by_the_document(page, token, fmt, centre):
+    """docs/format.md in pure Python: the rotated vector of one token of a page."""
+    head_dim = fmt.head_dim
+    base, step = struct.unpack("<ff", page[:8])
+    scale = base * 2.0 ** (-page[16 + token] / 32)
+
+    def field(offset, width, element):
+        stride = head_dim * width // 8
+        return page[offset + element % stride] >> (width * (element // stride)) & (2**width - 1)
+
+    offset, shift, codes = 48 + (head_dim // 2 if fmt.centred else 0), 0, [0] * head_dim
+    for width in (8, 4, 2, 1):
+        if fmt.bits & width:
+            offset = -(-offset // 16) * 16
+            for element in range(head_dim):
+                codes[element] |= field(offset + token * head_dim * width // 8, width, element) << shift
+            shift += width
+            offset += 32 * head_dim * width // 8
+    levels = codebook.levels(head_dim, fmt.bits).tolist()
+    y = [scale * levels[code] for code in codes]
+    if fmt.centred:
+        y = [y[e] + centre[e] + (field(48, 4, e) - 8) * step for e in range(head_dim)]
+    return y
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_pages_are_as_documented(case):
+    fmt = PackedFormat.parse(golden_cases()[case])
+    parts = load_file(GOLDEN / "pages.safetensors")
+    pages, centre = parts[f"{case}.pages"], parts[f"{case}.centre"]
+    decoded = decode_pages(pages, centre, fmt)[0, 0]
+    for token in (0, 13, 31, 32, 39, 63):
+        page = bytes(pages[0, 0, token // 32].tolist())
+        expected = decode_token_by_the_document(page, token % 32, fmt, centre[0, 0].tolist())
+        assert decoded[token].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_worked_example_of_the_document():
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    rows = re.findall(r"^ *\d+  ((?:[0-9a-f]{2} ){15}[0-9a-f]{2})", text, flags=re.MULTILINE)
+    page = bytes.fromhex(" ".join(rows))
+    parts = load_file(GOLDEN / "pages.safetensors")
+    assert page == bytes(parts["worked_example.pages"][0, 0, 1].tolist())
+    fmt = PackedFormat.parse(golden_cases()["worked_example"])
+    y = decode_token_by_the_document(page, 3, fmt, parts["worked_example.centre"][0, 0].tolist())
+    x = unrotate(torch.tensor(y), fmt)
+    for vector in (y, x.tolist(), parts["worked_example.tokens"][0, 0, 35].tolist()):
+        assert ", ".join(f"{value:.3f}" for value in vector) in text
+
+
+def test_sizes_in_the_document():
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    for head_dim in (64, 128):
+        for bits in range(1, 9):
+            sizes = [PackedFormat(head_dim, bits, centred).page_bytes for centred in (True, False)]
+            row = " | ".join(f"{size:,} | {size / 4 / head_dim:.4f}" for size in sizes)
+            assert f"| {head_dim} | {bits} | {row} |" in text

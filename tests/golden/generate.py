@@ -19,6 +19,7 @@ CASES = {
     "values_7_bits_haar": PackedFormat(40, 7, False, rotation="haar", seed=1),
     "keys_1_bit": PackedFormat(128, 1, True),
     "values_8_bits": PackedFormat(16, 8, False),
+    "worked_example": PackedFormat(8, 3, True),
 }
 
 
@@ -29,7 +30,7 @@ def main() -> None:
         tokens = torch.randn(1, 1, 2 * PAGE_TOKENS, fmt.head_dim, generator=generator)
         tokens += 3 * torch.randn(1, 1, 1, fmt.head_dim, generator=generator)
         tokens *= torch.logspace(0, 1, 2 * PAGE_TOKENS).unsqueeze(-1)
-        tokens[:, :, 40] = 0.0
+        tokens[:, :, 40] = 0.0 if fmt.head_dim > 8 else 1.0
         tokens[:, :, 50, 0] = float("inf")
         tokens = tokens.bfloat16()
         centre = head_centre(tokens[:, :, :PAGE_TOKENS], fmt)
