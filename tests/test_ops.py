@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import ReinplaceCounters
 
 from tqc import codebook, ops
 from tqc.format import PAGE_TOKENS, PackedFormat
@@ -388,17 +389,42 @@ class TestRegistration:
         )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_append_writes_in_place(backend):
     def step(pages, dense, state, new):
         torch.ops.tqai.append(pages, dense, state, new, None, str(CENTRED))
-        return torch.ops.tqai.read(pages, dense, state, 110, str(CENTRED)) * 2
+        return torch.ops.tqai.read(pages, dense, state, 110, str(CENTRED))
 
     x = normal(1, 2, 110, 64)
     eager, compiled = filled(x[:, :, :90], CENTRED), filled(x[:, :, :90], CENTRED)
     pointers = [part.data_ptr() for part in compiled]
     expected = step(*eager, x[:, :, 90:])
-    out = torch.compile(step, fullgraph=True, backend=backend)(*compiled, x[:, :, 90:])
+    ReinplaceCounters.clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        out = torch.compile(step, fullgraph=True, backend=backend)(*compiled, x[:, :, 90:])
+    assert ReinplaceCounters.get_total_missed() == 0
     assert torch.equal(out, expected)
     assert [part.data_ptr() for part in compiled] == pointers
+    assert_same_cache(compiled, eager, CENTRED)
+
+
+def test_compiled_loop_keeps_writing_to_the_same_cache():
+    """Several steps of a growing cache through one compiled function: no stale copy is read."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(pages, dense, state, new, query):
+        torch.ops.tqai.append(pages, dense, state, new, None, str(CENTRED))
+        out, _ = torch.ops.tqai.attend(
+            query, pages, dense, state, pages, dense, state, None, None, None, None, None, 0.125, 0.0, False,
+            str(CENTRED), str(CENTRED),
+        )  # fmt: skip
+        return out
+
+    x, query = normal(1, 2, 120, 64), normal(1, 4, 1, 64, seed=1)
+    compiled, eager = filled(x[:, :, :95], CENTRED), filled(x[:, :, :95], CENTRED)
+    for t in range(95, 120):
+        out = step(*compiled, x[:, :, t : t + 1], query)
+        ops.append(*eager, x[:, :, t : t + 1], None, str(CENTRED))
+        both = (*eager, *eager, None, None, None, None, None, 0.125, 0.0, False, str(CENTRED), str(CENTRED))
+        assert torch.allclose(out, ops.attend(query, *both)[0])
     assert_same_cache(compiled, eager, CENTRED)
