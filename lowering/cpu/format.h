@@ -28,7 +28,8 @@ struct Format {
   float* rotation_t;       // R'
   float* signs;            // of a pure Hadamard rotation, R = hadamard_scale H diag(signs); else null
   float hadamard_scale;
-  int8_t levels8[64];      // round(levels / level8_step), for at most 6 bits
+  alignas(64) int8_t levels8[64];          // round(levels / level8_step), again and again, for at most 6 bits
+  alignas(64) uint8_t levels8_biased[64];  // the same plus 128
   float level8_step;
   float score_variance;    // of a coordinate's coding error, as a share of the squared scale
 };

@@ -1,4 +1,5 @@
-// Scores and weighted sums of one page by int8 dot products (AVX-512 VBMI and VNNI), for codes of at most 5 bits.
+// Scores and weighted sums of one page by int8 dot products (AVX-512 VBMI and VNNI), for codes of at most 4 bits: above, the error of the
+// products would show beside that of the codes.
 //
 // Scores: the levels are bytes biased by 128, the rotated query is int8 with one scale per row. 16 tokens lie in the 16
 // lanes: the packed rows are transposed by dwords, so that a dword holds 4 neighbouring elements of one token.
@@ -9,7 +10,7 @@
 
 namespace tqc {
 
-constexpr int INT8_BITS = 5;
+constexpr int INT8_BITS = 4;
 constexpr int AS_BYTES = 0;  // in place of a width: codes unpacked to bytes beforehand, for awkward head dims
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
@@ -50,12 +51,6 @@ inline __m512i field_of(__m512i x) {
   return _mm512_and_si512(shifted<from - to>(x), _mm512_set1_epi8(((1 << width) - 1) << to));
 }
 
-inline __m512i level_table(const Format& f, int bias) {
-  alignas(64) uint8_t table[64];
-  const int count = 1 << f.bits;
-  for (int i = 0; i < 64; ++i) table[i] = uint8_t(f.levels8[i % count] + bias);
-  return _mm512_load_si512(table);
-}
 template <int bits>
 inline __m512i levels_of(__m512i codes, __m512i table) {
   if constexpr (bits == AS_BYTES || bits > 4) return _mm512_permutexvar_epi8(codes, table);
@@ -151,7 +146,7 @@ template <int bits>
 inline void score_page(int32_t* out, const uint8_t* page, const uint8_t* codes, const int8_t* query, int count, int ld,
                        const Format& f) {
   const PackedRows packed = packed_rows<bits>(page, codes, ld, f);
-  const __m512i table = level_table(f, 128);
+  const __m512i table = _mm512_load_si512(f.levels8_biased);
   __m512i buffer[2 * 64 + 8];
   const __m512i* turned[2][3] = {};
   __m512i* next = buffer;
@@ -272,7 +267,7 @@ template <int bits, bool half>
 inline void sum_page(float* out, int ld, const uint8_t* page, const uint8_t* codes, const uint8_t* weights,
                      const float* factor, int count, const Format& f) {
   const PackedRows packed = packed_rows<bits>(page, codes, ld, f);
-  const __m512i table = level_table(f, 0);
+  const __m512i table = _mm512_load_si512(f.levels8);
   int r = 0;
   for (; r + 4 <= count; r += 4)
     sum_rows<bits, half, 4>(out + r * ld, ld, packed, table, weights + r * PAGE, factor + r, f);
@@ -290,14 +285,13 @@ inline bool sums_from_planes(const Format& f) {
   return f.dim * (f.bits & -f.bits) / 8 % 16 == 0 || (f.dim == 64 && f.bits & 1);
 }
 inline ScorePage score_page_of(const Format& f) {
-  constexpr ScorePage pages[] = {score_page<AS_BYTES>, score_page<1>, score_page<2>,
-                                 score_page<3>,        score_page<4>, score_page<5>};
+  constexpr ScorePage pages[] = {score_page<AS_BYTES>, score_page<1>, score_page<2>, score_page<3>, score_page<4>};
   return f.bits > INT8_BITS ? nullptr : pages[scores_from_planes(f) ? f.bits : AS_BYTES];
 }
 inline SumPage sum_page_of(const Format& f) {
-  constexpr SumPage pages[] = {sum_page<AS_BYTES, false>, sum_page<1, false>, sum_page<2, false>,
-                               sum_page<3, false>,        sum_page<4, false>, sum_page<5, false>};
-  constexpr SumPage halves[] = {nullptr, sum_page<1, true>, nullptr, sum_page<3, true>, nullptr, sum_page<5, true>};
+  constexpr SumPage pages[] = {sum_page<AS_BYTES, false>, sum_page<1, false>, sum_page<2, false>, sum_page<3, false>,
+                               sum_page<4, false>};
+  constexpr SumPage halves[] = {nullptr, sum_page<1, true>, nullptr, sum_page<3, true>};
   if (f.bits > INT8_BITS) return nullptr;
   if (!sums_from_planes(f)) return pages[AS_BYTES];
   return f.dim == 64 && f.bits & 1 ? halves[f.bits] : pages[f.bits];

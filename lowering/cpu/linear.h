@@ -102,6 +102,33 @@ inline void transpose_floats(float* out, const float* in, int ld, int cols) {
     }
 }
 
+// Sums of the lanes of W vectors, lane i that of x[i], by folding and interleaving.
+template <int n = W>
+inline vf lane_sums(vf* x) {
+  using Lanes = std::make_integer_sequence<int, W>;
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    for (int i = 0; i < n / 2; ++i)
+      x[i] = interleave_low(x[i], x[i + n / 2], Lanes{}) + interleave_high(x[i], x[i + n / 2], Lanes{});
+    return lane_sums<n / 2>(x);
+  }
+}
+
+// out[rows, 32] = a[rows, depth] b[32, depth]'; depth and ld are multiples of PAD. For few rows, where a transpose of b
+// would cost more than it saves.
+inline void gemm_transposed(float* out, const float* a, const float* b, int ld, int rows, int depth) {
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < 32; t += W) {
+      vf sum[W] = {};
+      for (int i = 0; i < depth; i += W) {
+        const vf left = load(a + r * ld + i);
+        for (int lane = 0; lane < W; ++lane) sum[lane] += left * load(b + (t + lane) * ld + i);
+      }
+      store(out + r * 32 + t, lane_sums(sum));
+    }
+}
+
 template <int... I>
 inline vf swap_lanes(vf v, int step, std::integer_sequence<int, I...>) {
   switch (step) {

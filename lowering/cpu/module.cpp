@@ -346,7 +346,10 @@ PyObject* py_make_format(PyObject*, PyObject* args) {
   }
   const int count = 1 << bits;
   f->level8_step = f->levels[count - 1] / 127;
-  for (int i = 0; i < count && bits <= 6; ++i) f->levels8[i] = int8_t(std::nearbyint(f->levels[i] / f->level8_step));
+  for (int i = 0; i < 64 && bits <= 6; ++i) {
+    f->levels8[i] = int8_t(std::nearbyint(f->levels[i % count] / f->level8_step));
+    f->levels8_biased[i] = uint8_t(f->levels8[i] + 128);
+  }
   return PyLong_FromVoidPtr(f);
 }
 

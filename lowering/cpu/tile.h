@@ -106,6 +106,7 @@ struct Tile {
         to_float(values + t * ldk, run.rows + t * run.stride, f.dim, run.dtype);
       }
       memset(values + tokens * ldk, 0, sizeof(float) * (PAGE - tokens) * ldk);
+      if (count <= 8) return gemm_transposed(scores, query, values, ldk, count, ldk);
       transpose_floats(keys, values, ldk, ldk);
       gemm(scores, PAGE, query, ldk, keys, PAGE, count, PAGE, f.dim, false);
     } else {
