@@ -12,6 +12,11 @@ EAGER = {"rest": "eager", "provider": "reference", "bits_k": 8, "bits_v": 8, "re
 PROMPT = torch.arange(80).remainder(97)[None]
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
 def make_model(layers=3):
     torch.manual_seed(0)
     config = LlamaConfig(
