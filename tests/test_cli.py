@@ -1,0 +1,157 @@
+"""The command line: one clear line for bad input, JSON that parses, and runs on a tiny model from start to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tqc import cli, cli_generate, models
+
+
+def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `tqc args...`."""
+    monkeypatch.setattr(sys, "argv", ["tqc", *args])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run"], ["prompt"]),
+        (["rum"], ["rum", "run"]),
+        (["run", "x", "--bits"], ["--bits"]),
+        (["run", "x", "--bits-k", "9"], ["--bits-k", "9", "1 to 8"]),
+        (["run", "x", "--bits-k", "16"], ["--bits-k", "--bits-v", "16"]),
+        (["run", "x", "--bits-v", "three"], ["--bits-v", "three", "whole number"]),
+        (["run", "x", "--preset", "smal"], ["--preset", "smal", "small"]),
+        (["run", "x", "--residual-window", "33"], ["--residual-window", "33", "multiple of 32"]),
+        (["run", "x", "--sink-tokens=-1"], ["--sink-tokens", "-1", "at least 0"]),
+        (["run", "x", "--max-tokens", "0"], ["--max-tokens", "0", "at least 1"]),
+        (["run", "x", "--dtype", "int4"], ["--dtype", "int4", "bfloat16"]),
+        (["run", "x", "--dense", "--bits-k", "3"], ["--dense", "--bits-k"]),
+        (["run", " "], ["PROMPT", "empty"]),
+        (["run", "x", "--model", "./missing"], ["./missing", "no such file or folder"]),
+        (["compare", "x", "--model", "./missing"], ["./missing", "no such file or folder"]),
+        (["explain", "--model", "./missing"], ["./missing", "no such file or folder"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args: list[str], words: list[str], monkeypatch, capsys) -> None:
+    code, out, err = call(monkeypatch, capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("tqc: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_help_needs_neither_torch_nor_a_second() -> None:
+    script = "\n".join(
+        [
+            "import sys, tqc.cli",
+            "sys.argv = ['tqc', '--help']",
+            "try: tqc.cli.main()",
+            "finally: assert 'torch' not in sys.modules",
+        ]
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compare" in done.stdout
+    assert time.perf_counter() - start < 5
+
+
+def test_info_shows_presets_and_providers(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("TQC_CACHE_DIR", str(tmp_path))
+    code, out, _ = call(monkeypatch, capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["providers"]["reference"] is None
+    assert facts["presets"]["off"]["bits_k"] == 16
+    assert facts["cache_dir"] == str(tmp_path)
+    code, out, _ = call(monkeypatch, capsys, "info")
+    assert code == 0 and "residual_window" in out and "reference" in out
+
+
+def test_forced_tokens_are_taken_and_their_logits_are_those_of_the_model(tiny_model_folder: Path) -> None:
+    model, tokenizer = models.load(str(tiny_model_folder))
+    inputs = models.encode(tokenizer, "the cache is a tensor")
+    free = cli_generate.generate(model, tokenizer, inputs, 3)
+    forced_tokens = [(token + 1) % model.config.vocab_size for token in free.tokens]
+    forced = cli_generate.generate(model, tokenizer, inputs, 3, forced=forced_tokens)
+    assert forced.tokens == forced_tokens
+    full = torch.cat([inputs["input_ids"], torch.tensor([forced_tokens])], dim=1)
+    with torch.no_grad():
+        expected = model(full).logits[0, -4:-1]
+    torch.testing.assert_close(forced.logits, expected)
+
+
+def test_an_eager_prefill_changes_nothing(tiny_model_folder: Path) -> None:
+    model, tokenizer = models.load(str(tiny_model_folder))
+    for prompt in ("the", "the cache is a tensor"):
+        inputs = models.encode(tokenizer, prompt)
+        plain = cli_generate.generate(model, tokenizer, inputs, 3)
+        prefilled = cli_generate.generate(model, tokenizer, inputs, 3, cache=cli_generate.eager_prefill(model, inputs))
+        assert prefilled.tokens == plain.tokens
+        assert prefilled.cache_bytes == plain.cache_bytes == 2 * 2 * (inputs["input_ids"].shape[1] + 2) * 2 * 16 * 4
+        torch.testing.assert_close(prefilled.logits, plain.logits)
+
+
+def test_kl_is_that_of_the_definition() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    expected = float((p * (p / q).log()).sum())
+    rows = torch.stack([p.log() + 3.0, p.log()]), torch.stack([q.log(), p.log() - 1.0])
+    assert cli_generate.mean_kl(*rows) == pytest.approx(expected / 2)
+
+
+def test_common_prefix_stops_at_the_first_difference() -> None:
+    assert cli_generate.common_prefix([1, 2, 3, 4], [1, 2, 5, 4]) == 2
+    assert cli_generate.common_prefix([1, 2], [1, 2, 3]) == 2
+    assert cli_generate.common_prefix([], [1]) == 0
+
+
+def test_byte_counts_are_readable() -> None:
+    assert [cli._bytes(count) for count in (12, 1200, 4_950_000, 3 * 10**9)] == [
+        "12 B",
+        "1.20 kB",
+        "4.95 MB",
+        "3.00 GB",
+    ]
+
+
+@pytest.mark.slow
+def test_run_prints_text_on_stdout_and_figures_on_stderr(tiny_model_folder: Path, monkeypatch, capsys) -> None:
+    args = ["run", "the cache is", "-m", str(tiny_model_folder), "--max-tokens", "5"]
+    code, out, err = call(monkeypatch, capsys, *args)
+    assert code == 0 and len(out.split()) == 5
+    assert "first token after" in err and "cache" in err
+    code, out, _ = call(monkeypatch, capsys, *args, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["new_tokens"] == 5 and result["prompt_tokens"] == 3
+
+
+@pytest.mark.slow
+def test_compare_reports_a_smaller_cache_and_a_small_divergence(tiny_model_folder: Path, monkeypatch, capsys) -> None:
+    args = ["compare", "the cache is", "-m", str(tiny_model_folder), "--max-tokens", "150", "--json"]
+    code, out, _ = call(monkeypatch, capsys, *args, "--preset", "quality", "--residual-window", "32")
+    result = json.loads(out)
+    assert code == 0
+    assert result["dense"]["cache_bytes"] == 2 * 2 * 152 * 2 * 16 * 4
+    assert result["cache_ratio"] > 1.5
+    assert 0 < result["kl_nats"] < 0.01
+    assert result["compared_tokens"] == 150 >= result["same_next_tokens"] > 75
+
+
+@pytest.mark.slow
+def test_explain_finds_the_caches_of_the_tiny_model(tiny_model_folder: Path, monkeypatch, capsys) -> None:
+    code, out, _ = call(monkeypatch, capsys, "explain", "the cache", "-m", str(tiny_model_folder), "--json")
+    assert code == 0 and json.loads(out)["graphs"]
+    code, out, _ = call(monkeypatch, capsys, "explain", "the cache", "-m", str(tiny_model_folder))
+    assert code == 0 and "attention" in out
