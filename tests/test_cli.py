@@ -145,6 +145,7 @@ def test_compare_reports_a_smaller_cache_and_a_small_divergence(tiny_model_folde
     assert code == 0
     assert result["dense"]["cache_bytes"] == 2 * 2 * 152 * 2 * 16 * 4
     assert result["cache_ratio"] > 1.5
+    assert result["bits_per_element"] == pytest.approx(32 / result["cache_ratio"])
     assert 0 < result["kl_nats"] < 0.01
     assert result["compared_tokens"] == 150 >= result["same_next_tokens"] > 75
 

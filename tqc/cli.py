@@ -278,15 +278,15 @@ def _print_comparison(result: Comparison) -> None:
     )
     table = Table("", "dense", "compressed")
     table.add_row("tokens/s", *(f"{run.tokens_per_s:.1f}" if run.tokens_per_s else "-" for run in (dense, compressed)))
-    ratio = dense.cache_bytes / compressed.cache_bytes
-    table.add_row("cache", _bytes(dense.cache_bytes), f"{_bytes(compressed.cache_bytes)} ({ratio:.2f}x smaller)")
+    table.add_row("cache", _bytes(dense.cache_bytes), f"{_bytes(result.cache_bytes)} (1/{result.cache_ratio:.2f})")
+    table.add_row("bits per cached element", str(8 * result.dtype_bytes), f"{result.bits_per_element:.2f}")
     steps = len(dense.tokens)
     table.add_row("KL to dense, nats (mean)", "0", f"{result.kl:.2g}")
     table.add_row("same most likely next token", "", f"{result.same_next} of {steps}")
     table.add_row("same text for the first", "", f"{result.same_prefix} of {steps} tokens")
     console.print(table)
     console.print(
-        "[dim]KL and next tokens: the dense run's tokens decoded one by one through the compressed cache.[/dim]"
+        "[dim]Cache, KL and next tokens: the dense run's tokens decoded one by one through the compressed cache.[/dim]"
     )
 
 

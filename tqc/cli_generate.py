@@ -52,26 +52,41 @@ class Generation:
 
 @dataclass
 class Comparison:
-    """A dense and a compressed run of one prompt.
+    """A dense and a compressed run of one prompt, and a third that decodes the dense run's tokens compressed.
 
     Attributes:
-        kl: mean KL divergence in nats of the compressed run's next-token distributions from the dense run's, where
-            each step of the decode through the compressed cache is given the dense run's token.
-        same_next: how many of those steps have the same most likely token.
+        dense, compressed: free-running.
+        dtype_bytes: bytes of one element of the dense cache.
+        cache_bytes: of the compressed cache with the dense run's tokens in it.
+        kl: mean KL divergence in nats of the third run's next-token distributions from the dense run's.
+        same_next: at how many steps these have the same most likely token.
         same_prefix: how many tokens the two free-running texts have in common from the start.
     """
 
     dense: Generation
     compressed: Generation
+    dtype_bytes: int
+    cache_bytes: int
     kl: float
     same_next: int
     same_prefix: int
+
+    @property
+    def cache_ratio(self) -> float:
+        return self.dense.cache_bytes / self.cache_bytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Every byte that the compressed cache holds, over the elements that it stands for."""
+        return 8 * self.dtype_bytes / self.cache_ratio
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "dense": self.dense.to_dict(),
             "compressed": self.compressed.to_dict(),
-            "cache_ratio": self.dense.cache_bytes / self.compressed.cache_bytes,
+            "compressed_cache_bytes": self.cache_bytes,
+            "cache_ratio": self.cache_ratio,
+            "bits_per_element": self.bits_per_element,
             "kl_nats": self.kl,
             "same_next_tokens": self.same_next,
             "same_prefix_tokens": self.same_prefix,
@@ -170,6 +185,8 @@ def compare(
     return Comparison(
         dense=dense,
         compressed=compressed,
+        dtype_bytes=model.dtype.itemsize,
+        cache_bytes=forced.cache_bytes,
         kl=mean_kl(dense.logits, forced.logits),
         same_next=int((dense.logits.argmax(-1) == forced.logits.argmax(-1)).sum()),
         same_prefix=common_prefix(dense.tokens, compressed.tokens),
