@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PROMPT ?= Explain in a few sentences why the sky is blue and why sunsets are red.
+PROMPT ?= Summarize this in three sentences: $$(cat README.md)
 
 .PHONY: setup demo test lint format bench clean
 
