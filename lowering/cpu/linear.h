@@ -115,11 +115,11 @@ inline vf lane_sums(vf* x) {
   }
 }
 
-// out[rows, 32] = a[rows, depth] b[32, depth]'; depth and ld are multiples of PAD. For few rows, where a transpose of b
-// would cost more than it saves.
-inline void gemm_transposed(float* out, const float* a, const float* b, int ld, int rows, int depth) {
+// out[rows, cols of 32] = a[rows, depth] b[32, depth]'; depth and ld are multiples of PAD, cols is rounded up to W. For
+// few rows, where a transpose of b would cost more than it saves.
+inline void gemm_transposed(float* out, const float* a, const float* b, int ld, int rows, int depth, int cols) {
   for (int r = 0; r < rows; ++r)
-    for (int t = 0; t < 32; t += W) {
+    for (int t = 0; t < cols; t += W) {
       vf sum[W] = {};
       for (int i = 0; i < depth; i += W) {
         const vf left = load(a + r * ld + i);
@@ -129,28 +129,20 @@ inline void gemm_transposed(float* out, const float* a, const float* b, int ld, 
     }
 }
 
-template <int... I>
-inline vf swap_lanes(vf v, int step, std::integer_sequence<int, I...>) {
-  switch (step) {
-    case 1: return __builtin_shufflevector(v, v, (I ^ 1)...);
-    case 2: return __builtin_shufflevector(v, v, (I ^ 2)...);
-    case 4: return __builtin_shufflevector(v, v, ((I ^ 4) % W)...);
-    default: return __builtin_shufflevector(v, v, ((I ^ 8) % W)...);
+// One butterfly of lanes i and i ^ step, and those of twice the step and more.
+template <int step, int... I>
+inline vf butterflies(vf v, std::integer_sequence<int, I...> lanes) {
+  if constexpr (step == W) {
+    return v;
+  } else {
+    const vf sign = {(I & step ? -1.0f : 1.0f)...};
+    return butterflies<2 * step>(__builtin_shufflevector(v, v, (I ^ step)...) + v * sign, lanes);
   }
 }
 
 // Walsh-Hadamard transform in place, not scaled; n is a power of two and a multiple of PAD.
 inline void hadamard(float* x, int n) {
-  using Lanes = std::make_integer_sequence<int, W>;
-  for (int i = 0; i < n; i += W) {
-    vf v = load(x + i);
-    for (int step = 1; step < W; step *= 2) {
-      vf sign;
-      for (int lane = 0; lane < W; ++lane) sign[lane] = lane & step ? -1.0f : 1.0f;
-      v = swap_lanes(v, step, Lanes{}) + v * sign;
-    }
-    store(x + i, v);
-  }
+  for (int i = 0; i < n; i += W) store(x + i, butterflies<1>(load(x + i), std::make_integer_sequence<int, W>{}));
   for (int step = W; step < n; step *= 2)
     for (int block = 0; block < n; block += 2 * step)
       for (int i = block; i < block + step; i += W) {

@@ -85,28 +85,49 @@ struct Tile {
   // Attend to tokens [t, end), whose values are all packed or all not.
   void run(int64_t t, int64_t end) {
     while (t < end) {
+      const int64_t limit = std::min(end, t + PAGE);
       Run keys_at = k.at(b, h, t, end), values_at = v.at(b, h, t, end);
-      const int tokens = int(std::min<int64_t>({keys_at.end - t, values_at.end - t, PAGE}));
-      score(keys_at, tokens);
+      const int tokens = int(std::min(extent(k, keys_at, limit), extent(v, values_at, limit)) - t);
+      score(keys_at, t, tokens);
       soften(t, tokens);
-      accumulate(values_at, tokens);
+      accumulate(values_at, t, tokens);
       t += tokens;
+    }
+  }
+
+  // Where the tokens that one tile can take end: dense rows need not lie together.
+  int64_t extent(const View& view, Run run, int64_t limit) const {
+    const Kind kind = run.kind;
+    while (kind == Kind::Rows && run.end < limit) {
+      Run next = view.at(b, h, run.end, limit);
+      if (next.kind != kind) break;
+      run = next;
+    }
+    return std::min(run.end, limit);
+  }
+
+  // Dense tokens [t, t + tokens) as floats, out [tokens, ld].
+  void gather(float* to, int ld, const View& view, int64_t t, int tokens) const {
+    const int dim = view.store.f->dim;
+    for (int64_t end = t + tokens; t < end;) {
+      const Run run = view.at(b, h, t, end);
+      for (const char* row = run.rows; t < run.end; ++t, row += run.stride, to += ld) {
+        for (int i = dim; i < ld; ++i) to[i] = 0;
+        to_float(to, row, dim, run.dtype);
+      }
     }
   }
 
   // scores [count, 32] before scale, softcap and mask. Packed tokens' are corrected for their coding error: half the
   // variance of the score is added, which is D s_t^2 |scale q|^2.
-  void score(const Run& run, int tokens) {
+  void score(const Run& run, int64_t at, int tokens) {
     const Format& f = *k.store.f;
     if (run.kind == Kind::Zeros) {
       memset(scores, 0, sizeof(float) * count * PAGE);
     } else if (run.kind == Kind::Rows) {
-      for (int t = 0; t < tokens; ++t) {
-        for (int i = f.dim; i < ldk; ++i) values[t * ldk + i] = 0;
-        to_float(values + t * ldk, run.rows + t * run.stride, f.dim, run.dtype);
-      }
+      gather(values, ldk, k, at, tokens);
       memset(values + tokens * ldk, 0, sizeof(float) * (PAGE - tokens) * ldk);
-      if (count <= 8) return gemm_transposed(scores, query, values, ldk, count, ldk);
+      if (count <= 8) return gemm_transposed(scores, query, values, ldk, count, ldk, tokens);
       transpose_floats(keys, values, ldk, ldk);
       gemm(scores, PAGE, query, ldk, keys, PAGE, count, PAGE, f.dim, false);
     } else {
@@ -199,14 +220,11 @@ struct Tile {
   }
 
   // out += weights . values
-  void accumulate(const Run& run, int tokens) {
+  void accumulate(const Run& run, int64_t at, int tokens) {
     const Format& f = *v.store.f;
     if (run.kind == Kind::Zeros) return;
     if (run.kind == Kind::Rows) {
-      for (int t = 0; t < tokens; ++t) {
-        for (int i = f.dim; i < ldv; ++i) values[t * ldv + i] = 0;
-        to_float(values + t * ldv, run.rows + t * run.stride, f.dim, run.dtype);
-      }
+      gather(values, ldv, v, at, tokens);
       gemm(out, ldv, scores, PAGE, values, ldv, count, ldv, tokens, true);
       return;
     }
