@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from tqc.passes.find_attention import Mask
 from tqc.passes.graph import value
 
 # What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops never go.
-_PURE_METHODS = {"reshape", "view", "expand", "transpose", "contiguous", "to", "unsqueeze", "repeat_interleave", "size"}
+_PURE_METHODS = {
+    *("reshape", "view", "expand", "transpose", "permute", "contiguous", "unsqueeze", "repeat_interleave", "size"),
+    *("to", "type", "type_as", "float", "masked_fill", "max", "softmax", "matmul"),
+}
 _PURE_FUNCTIONS = {
     operator.getitem,
     torch.cat,
@@ -32,6 +37,8 @@ _PURE_FUNCTIONS = {
     operator.mul,
     operator.sub,
     operator.truediv,
+    operator.matmul,
+    torch.softmax,
 }
 
 
@@ -59,3 +66,37 @@ def erase_unused_sizes(graph: Graph) -> None:
         is_size = isinstance(value(node), (int, torch.SymInt)) and node.op in ("call_function", "call_method")
         if is_size and not node.users:
             graph.erase_node(node)
+
+
+def combine_masks(graph: Graph, masks: tuple[Mask, ...]) -> Node | None:
+    """One node that stands for all masks, inserted where the graph stands: bool (True attends) or float (added)."""
+    if not masks:
+        return None
+    total, added = _as_given(graph, masks[0])
+    for mask in masks[1:]:
+        other, other_added = _as_given(graph, mask)
+        if not added and not other_added:
+            total = _insert(graph, torch.logical_and, total, other)
+            continue
+        total = total if added else _added(graph, total)
+        other = other if other_added else _added(graph, other)
+        total, added = _insert(graph, torch.add, total, other), True
+    return total
+
+
+def _as_given(graph: Graph, mask: Mask) -> tuple[Node, bool]:
+    if mask.kind == "drop":
+        return _insert(graph, torch.logical_not, mask.node), False
+    return mask.node, mask.kind == "add"
+
+
+def _added(graph: Graph, keep: Node) -> Node:
+    zeros = _insert(graph, torch.zeros_like, keep, dtype=torch.float32)
+    dropped = _insert(graph, torch.logical_not, keep)
+    return _insert(graph, torch.masked_fill, zeros, dropped, -math.inf)
+
+
+def _insert(graph: Graph, function: Any, *args: Any, **kwargs: Any) -> Node:
+    node = graph.call_function(function, args, kwargs)
+    set_value(node, function(*(value(arg) for arg in args), **kwargs))
+    return node

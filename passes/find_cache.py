@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from tqc.passes.graph import argument, calls, is_packed, value
+from tqc.passes.graph import argument, calls, is_packed, value, writers
+
+_FULL = slice(None, None, None)
 
 
 @dataclass
@@ -15,29 +20,73 @@ class CacheWrite:
     """One of a site's two caches.
 
     Attributes:
-        kind: "grow" for `cat([past, new])`, "read" for a cache that this call does not write.
+        kind: "grow" for `cat([past, new])`, "write" for writing into a preallocated tensor in place, "read" for a
+            cache that this call does not write.
         node: whose value the attention reads, [batch, heads, tokens, head_dim].
-        past: the cache before the write; None for an empty one.
+        past: the cache before the write; None for an empty one. For "write", the preallocated tensor.
         new: the new tokens; None for "read".
+        operation: for "write", the node that writes.
+        positions: for "write", where: a node of int64 [n], or the first position (a node or an int).
+        counted: for "write", whether `positions` are known to be consecutive.
+        prefix: for "write", how many tokens of the preallocated tensor attention reads; None for all.
     """
 
     kind: str
     node: Node
     past: Node | None
     new: Node | None
+    operation: Node | None = None
+    positions: Any = None
+    counted: bool = False
+    prefix: Any = None
 
     @property
     def packed(self) -> bool:
         return self.past is not None and is_packed(self.past)
+
+    @property
+    def allocated_here(self) -> bool:
+        """Whether the preallocated tensor is made in this graph, as zeros."""
+        return self.past is not None and calls(self.past, torch.zeros, "new_zeros", torch.zeros_like)
 
 
 def find_cache(node: Node) -> CacheWrite | str:
     """How `node`, the keys or values of an attention site, is cached; or why that is not understood."""
     if calls(node, torch.cat, torch.concat):
         return _match_cat(node)
-    if node.op == "placeholder" and is_packed(node):
-        return CacheWrite("read", node, node, None)
+    target, prefix = _strip_prefix(node)
+    if calls(target, "index_copy_", "index_copy"):
+        target = target.args[0] if target.target == "index_copy_" else target
+    if target.op == "placeholder" or calls(target, torch.zeros, "new_zeros", torch.zeros_like):
+        written = writers(target)
+        if written:
+            return _match_write(target, written, prefix)
+        if is_packed(target) and prefix is None:
+            return CacheWrite("read", target, target, None)
+        if target.op == "placeholder" and prefix is None:
+            return "keys and values are an input that this call does not write"
+    return _why_unknown(node)
+
+
+def _why_unknown(node: Node) -> str:
+    if calls(node, operator.getitem) and calls(node.args[0], torch.cat, torch.concat):
+        return "attention reads a part of the cache (a sliding window)"
+    found, edge = {node}, {node}
+    for _ in range(16):
+        edge = {source for reader in edge for source in reader.all_input_nodes} - found
+        found |= edge
+        if any(_extends_input(source) for source in edge):
+            name = getattr(node.target, "__name__", node.target)
+            return f"keys or values are computed from what the cache holds (by {name}), not read from it"
     return "keys and values are not written to a cache in a way that is known"
+
+
+def _extends_input(node: Node) -> bool:
+    tensors = argument(node, 0, "tensors") if calls(node, torch.cat, torch.concat) else None
+    past = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
+    if not isinstance(past, Node) or not isinstance(value(past), Tensor):
+        return False
+    return past.op == "placeholder" or value(past).numel() == 0
 
 
 def _match_cat(node: Node) -> CacheWrite | str:
@@ -48,9 +97,72 @@ def _match_cat(node: Node) -> CacheWrite | str:
     past, new = tensors
     if value(new).dim() != 4:
         return f"new keys or values have {value(new).dim()} dimensions, not 4"
+    if writers(node) or writers(past):
+        return "the cache is also written in place"
     empty = value(past).numel() == 0 if not is_packed(past) else False
     if empty:
         return CacheWrite("grow", node, None, new)
     if past.op != "placeholder":
         return "the cache before the concatenation is not an input of the graph"
+    if value(past).dtype != value(new).dtype:
+        return f"the cache is {value(past).dtype} and new tokens are {value(new).dtype}"
     return CacheWrite("grow", node, past, new)
+
+
+def _strip_prefix(node: Node) -> tuple[Node, Any]:
+    """`cache[:, :, :stop]` or `cache[:, :, :stop, :]`: the cache and `stop`; of anything else, itself and None."""
+    if not calls(node, operator.getitem) or not isinstance(node.args[1], tuple):
+        return node, None
+    index = node.args[1]
+    if len(index) not in (3, 4) or any(part != _FULL for part in (*index[:2], *index[3:])):
+        return node, None
+    part = index[2]
+    if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1) or part.stop is None:
+        return node, None
+    return node.args[0], part.stop
+
+
+def _match_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | str:
+    """One write of new tokens into a preallocated tensor: `index_copy_`, `cache[:, :, positions] = new`, or a slice."""
+    if value(cache).dim() != 4:
+        return f"the preallocated cache has {value(cache).dim()} dimensions, not 4"
+    if len(written) != 1:
+        return "the preallocated cache is written more than once"
+    operation = written[0]
+    if calls(operation, "index_copy_"):
+        dim, positions, new = (argument(operation, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
+        found = dim in (2, -2)
+    elif calls(operation, operator.setitem) and operation.args[0] is cache:
+        index, new = operation.args[1:]
+        found = isinstance(index, tuple) and len(index) in (3, 4)
+        found = found and all(isinstance(part, slice) and part == _FULL for part in (*index[:2], *index[3:]))
+        positions = index[2] if found else None
+    else:
+        found = False
+    if not found or not isinstance(new, Node) or not isinstance(value(new), Tensor) or value(new).dim() != 4:
+        return "the preallocated cache is not written along its length"
+    counted = False
+    if isinstance(positions, slice):
+        if positions.step not in (None, 1):
+            return "the preallocated cache is written with a stride"
+        positions, counted = (0 if positions.start is None else positions.start), True
+    elif not isinstance(positions, Node) or not isinstance(value(positions), Tensor) or value(positions).dim() != 1:
+        return "the preallocated cache is not written at positions in one dimension"
+    elif value(positions).dtype not in (torch.int64, torch.int32):
+        return f"the positions of new tokens are {value(positions).dtype}"
+    else:
+        counted = _counts_up(positions)
+    if value(new).dtype != value(cache).dtype or value(new).shape[:2] != value(cache).shape[:2]:
+        return "new tokens differ from the preallocated cache in dtype, batch or heads"
+    return CacheWrite("write", cache, cache, new, operation, positions, counted, prefix)
+
+
+def _counts_up(positions: Node) -> bool:
+    """Whether positions are `arange(n)` plus a single number."""
+    if not calls(positions, operator.add, torch.add, "add"):
+        return calls(positions, torch.arange)
+    left, right = positions.args
+    if not calls(left, torch.arange):
+        left, right = right, left
+    single = not isinstance(value(right), Tensor) or value(right).numel() == 1
+    return calls(left, torch.arange) and len(left.args) in (1, 2) and single

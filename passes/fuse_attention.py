@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from tqc import runtime
-from tqc.passes.edit import erase_unused, set_value
+from tqc.passes.edit import combine_masks, erase_unused, set_value
 from tqc.passes.graph import value
 from tqc.passes.plan import FUSE, Plan, Site
 
@@ -24,43 +24,74 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
         out, keys, values = attend_extend(query, key, value, k_cache, v_cache, attn_mask, ...)
         return (keys, values, f(out))
 
+    Where the cache is preallocated, `k_cache.index_copy_(2, positions, key)` and the attention become `attend_write`;
+    where it is only read, or another site has extended it in this call, the attention becomes `attend`.
+
     Must run first: it needs the cache writes as the model spelled them.
     """
     sites = plan.with_action(FUSE)
+    extended: dict[Node, Node] = {}
     for site in sites:
-        assert site.key
-        {"grow": _fuse_growing, "read": _fuse_reading}[site.key.kind](gm, site)
+        assert site.key and site.value
+        attention = site.attention
+        with gm.graph.inserting_before(attention.output):
+            mask = combine_masks(gm.graph, attention.masks)
+            if site.key.kind == "grow" and site.key.node not in extended:
+                out = _fuse_growing(gm, site, mask, extended)
+            elif site.key.kind == "write":
+                out = _fuse_writing(gm, site, mask)
+            else:
+                caches = [extended.get(write.node, write.past) for write in (site.key, site.value)]
+                out = _fuse_reading(gm, site, mask, caches)
+            _set_output_value(out, site)
+            if value(out).dtype != value(attention.output).dtype:
+                cast = gm.graph.call_method("to", (out, value(attention.output).dtype))
+                set_value(cast, value(out).to(value(attention.output).dtype))
+                out = cast
+        _replace(attention.output, out)
+    # Only now: until here, later sites are recognized by the writes of earlier ones.
+    position = {node: index for index, node in enumerate(gm.graph.nodes)}
+    for write, packed in extended.items():
+        write.replace_all_uses_with(packed, delete_user_cb=lambda user, at=position[packed]: position[user] > at)
+        erase_unused(write)
+    for site in sites:
+        for cache in (site.key, site.value):
+            if cache and cache.operation and cache.kind == "write":
+                _erase_write(cache.operation)
     return len(sites)
 
 
-def _fuse_growing(gm: GraphModule, site: Site) -> None:
+def _fuse_growing(gm: GraphModule, site: Site, mask: Node | None, extended: dict[Node, Node]) -> Node:
     attention, key, val = site.attention, site.key, site.value
     assert key and val
     args: tuple[Any, ...] = (
-        attention.query, key.new, val.new, key.past, val.past, attention.attn_mask, attention.sinks,
+        attention.query, key.new, val.new, key.past, val.past, mask, attention.sinks,
         attention.scale, attention.softcap, attention.is_causal, site.provider,
     )  # fmt: skip
-    with gm.graph.inserting_before(attention.output):
-        step = gm.graph.call_function(runtime.attend_extend, args)
-        out, keys, values = (gm.graph.call_function(operator.getitem, (step, index)) for index in range(3))
-    _set_output_value(out, site)
+    step = gm.graph.call_function(runtime.attend_extend, args)
+    out, keys, values = (gm.graph.call_function(operator.getitem, (step, index)) for index in range(3))
     for packed, write in ((keys, key), (values, val)):
         set_value(packed, value(write.past))
-        write.node.replace_all_uses_with(packed, delete_user_cb=lambda user: user.op == "output")
-    _replace(attention.output, out)
+        extended[write.node] = packed
+    return out
 
 
-def _fuse_reading(gm: GraphModule, site: Site) -> None:
+def _fuse_writing(gm: GraphModule, site: Site, mask: Node | None) -> Node:
     attention, key, val = site.attention, site.key, site.value
     assert key and val
     args: tuple[Any, ...] = (
-        attention.query, key.past, val.past, attention.attn_mask, attention.sinks,
+        attention.query, key.new, val.new, key.past, val.past, key.positions, key.counted, mask, attention.sinks,
         attention.scale, attention.softcap, site.provider,
     )  # fmt: skip
-    with gm.graph.inserting_before(attention.output):
-        out = gm.graph.call_function(runtime.attend, args)
-    _set_output_value(out, site)
-    _replace(attention.output, out)
+    return gm.graph.call_function(runtime.attend_write, args)
+
+
+def _fuse_reading(gm: GraphModule, site: Site, mask: Node | None, caches: list[Any]) -> Node:
+    attention = site.attention
+    args: tuple[Any, ...] = (
+        attention.query, *caches, mask, attention.sinks, attention.scale, attention.softcap, site.provider,
+    )  # fmt: skip
+    return gm.graph.call_function(runtime.attend, args)
 
 
 def _set_output_value(out: Node, site: Site) -> None:
@@ -75,3 +106,9 @@ def _replace(old: Node, new: Node) -> None:
     new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
     old.replace_all_uses_with(new)
     erase_unused(old)
+
+
+def _erase_write(operation: Node) -> None:
+    """Erase an in-place write that the fused call does instead."""
+    operation.replace_all_uses_with(operation.args[0])
+    operation.graph.erase_node(operation)

@@ -66,7 +66,11 @@ def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
     if calls(insert, operator.getitem):
         full = slice(None, None, None)
         index = insert.args[1]
-        inserted = isinstance(index, tuple) and index[:3] == (full, full, None) and set(map(repr, index[3:])) <= {repr(full), "Ellipsis"}
+        inserted = (
+            isinstance(index, tuple)
+            and index[:3] == (full, full, None)
+            and set(map(repr, index[3:])) <= {repr(full), "Ellipsis"}
+        )
     else:
         inserted = calls(insert, "unsqueeze", torch.unsqueeze) and argument(insert, 1, "dim") in (2, -3)
     if not inserted:
@@ -78,3 +82,61 @@ def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
     if before.shape[1] * spread.shape[2] != heads or tuple(spread.shape[3:]) != tuple(shape[2:]):
         return node, 1
     return source, int(spread.shape[2])
+
+
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+_VIEWS = {
+    *(
+        "view",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "narrow",
+        "permute",
+        "expand",
+        "select",
+        "detach",
+        "unbind",
+        "chunk",
+    ),
+}
+_VIEW_FUNCTIONS = {operator.getitem, torch.transpose, torch.narrow, torch.unsqueeze, torch.select, torch.permute}
+
+
+def strip_casts(node: Any) -> Any:
+    """The node before it was converted to another floating dtype on the same device."""
+    while isinstance(node, Node) and node.op == "call_method" and node.target in _CASTS:
+        before, after = value(node.args[0]), value(node)
+        if not isinstance(before, Tensor) or not before.is_floating_point() or not after.is_floating_point():
+            break
+        if before.device != after.device:
+            break
+        node = node.args[0]
+    return node
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether `node` writes into its first argument."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).startswith("_")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    in_place_operator = getattr(operator, name, None) is node.target and name in ("setitem", "iadd", "imul", "isub")
+    return in_place_operator or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+def writers(node: Node) -> list[Node]:
+    """Nodes that write into the tensor of `node`, directly or through a view."""
+    found = []
+    for user in node.users:
+        if is_in_place(user) and node in (user.args[:1] or ()):
+            found += [user, *writers(user)]
+        elif user.kwargs.get("out") is node:
+            found.append(user)
+        elif isinstance(value(user), Tensor) and (
+            (user.op == "call_method" and user.target in _VIEWS)
+            or (user.op == "call_function" and user.target in _VIEW_FUNCTIONS)
+        ):
+            found += writers(user)
+    return found

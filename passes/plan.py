@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
@@ -70,7 +71,9 @@ def make_plan(gm: GraphModule, config: Config) -> Plan:
     outputs = _outputs(gm)
     attentions = find_attention(gm.graph)
     sites = [Site(layer, attention) for layer, attention in enumerate(attentions)]
-    skipped = {layer % len(sites) for layer in config.skip_layers if -len(sites) <= layer < len(sites)} if sites else set()
+    skipped = (
+        {layer % len(sites) for layer in config.skip_layers if -len(sites) <= layer < len(sites)} if sites else set()
+    )
     for site in sites:
         if site.layer in skipped:
             site.reason = "named in skip_layers"
@@ -86,6 +89,9 @@ def _outputs(gm: GraphModule) -> set[Node]:
 
 def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     attention = site.attention
+    if attention.reason and attention.key is attention.output:
+        site.reason = attention.reason
+        return
     key, val = find_cache(attention.key), find_cache(attention.value)
     for found in (key, val):
         if isinstance(found, str):
@@ -93,13 +99,19 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
             return
     assert isinstance(key, CacheWrite) and isinstance(val, CacheWrite)
     site.key, site.value = key, val
-    if key.kind != val.kind or key.packed != val.packed:
+    if attention.reason:
+        site.reason = attention.reason
+        return
+    if (key.kind, key.packed, key.positions, key.prefix) != (val.kind, val.packed, val.positions, val.prefix):
         site.reason = "keys and values are cached in different ways"
+        return
+    if key.node is val.node:
+        site.reason = "keys and values are one tensor"
         return
 
     if key.packed:
         site.k_fmt, site.v_fmt = value(key.past).fmt, value(val.past).fmt
-        site.reason = attention.reason or _why_not_fused(site) or ""
+        site.reason = _why_not_fused(site) or ""
         action = FUSE
     else:
         site.reason = _why_not_packed(site, outputs) or ""
@@ -123,11 +135,17 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
             return f"the {name} are an input that this call does not write"
         if write.kind == "grow" and write.node not in outputs:
             return f"the concatenated {name} do not leave the graph as they are (a sliding window, or no cache)"
+        if write.kind == "write" and write.allocated_here and write.node not in outputs:
+            return f"the {name} are written into a tensor that does not leave the graph"
+        if write.kind == "write" and write.allocated_here and not write.counted and value(write.new).shape[2] != 1:
+            return f"the positions of new {name} are not known to be consecutive"
         new = value(write.new)
         if not cacheable_dtype(new.dtype):
             return f"the {name} are {new.dtype}"
         if int(new.shape[-1]) % 8:
             return f"the head_dim of the {name} is {new.shape[-1]}, not a multiple of 8"
+    if site.key.kind == "write":
+        return _why_not_preallocated(site)
     return None
 
 
@@ -143,7 +161,61 @@ def _why_not_fused(site: Site) -> str | None:
         return "is_causal over a longer cache is aligned to its start, not to its end"
     if attention.is_causal:
         return "is_causal over a cache that is not written in this call"
-    mask = attention.attn_mask
-    if isinstance(mask, Node) and value(mask).dtype not in (torch.bool, torch.float32, torch.bfloat16, torch.float16):
-        return f"attn_mask is {value(mask).dtype}"
+    for mask in attention.masks:
+        if value(mask.node).dtype not in (torch.bool, torch.float32, torch.bfloat16, torch.float16):
+            return f"attn_mask is {value(mask.node).dtype}"
+    if site.key.kind == "write":
+        return _why_not_preallocated(site)
     return None
+
+
+def _why_not_preallocated(site: Site) -> str | None:
+    """Why a preallocated cache and its attention are not one of the two forms that are known.
+
+    Either attention reads the whole cache under a mask, or it reads just up to the new tokens.
+    """
+    assert site.key and site.value
+    key, masks = site.key, site.attention.masks
+    capacity = value(key.past).shape[2]
+    if not isinstance(capacity, int):
+        return "the length of the preallocated cache is not constant"
+    if key.allocated_here:
+        return None
+    if key.prefix is None:
+        if not any(statically_known_true(value(mask.node).shape[-1] == capacity) for mask in masks):
+            return "attention reads a whole preallocated cache without a mask"
+    else:
+        first, count = value(key.positions), value(key.new).shape[2]
+        if isinstance(first, torch.Tensor) or not statically_known_true(value(key.prefix) == first + count):
+            return "attention reads a part of a preallocated cache that does not end with the new tokens"
+    if site.attention.is_causal:
+        return "is_causal over a preallocated cache is aligned to its start"
+    for write in (site.key, site.value):
+        assert write.past
+        if others := _other_readers(write, site):
+            return f"the preallocated cache is also read by {', '.join(node.name for node in others)}"
+    return None
+
+
+def _other_readers(write: CacheWrite, site: Site) -> list[Node]:
+    """Nodes that read a preallocated cache, other than its write and the way to the site's attention."""
+    assert write.past and write.operation
+    ours = _above(site.attention.output)
+    readers = [
+        user
+        for source in (write.past, write.operation)
+        for user in source.users
+        if user is not write.operation and isinstance(value(user), torch.Tensor) and user.op != "output"
+    ]
+    position = {node: index for index, node in enumerate(write.past.graph.nodes)}
+    early = [user for user in readers if position[user] < position[write.operation]]
+    return early + [user for user in readers if user not in ours and user not in early]
+
+
+def _above(node: Node, depth: int = 12) -> set[Node]:
+    """Nodes that `node` was computed from, a few steps up: the way from a cache to its attention."""
+    found, edge = set(), {node}
+    for _ in range(depth):
+        edge = {source for reader in edge for source in reader.all_input_nodes} - found
+        found |= edge
+    return found

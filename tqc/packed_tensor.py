@@ -14,6 +14,7 @@ from tqc.format import PackedFormat
 from tqc.storage import Storage
 
 aten = torch.ops.aten
+Append = Callable[..., None]
 _NO_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
@@ -73,6 +74,17 @@ class PackedTensor(torch.Tensor):
         with torch._C._ExcludeDispatchKeyGuard(_NO_VIEWS):
             return super().__getitem__(index)
 
+    def __setitem__(self, index: Any, new: Any) -> None:
+        if isinstance(index, tuple) and len(index) in (3, 4) and isinstance(new, Tensor):
+            full, positions = slice(None), index[2]
+            if isinstance(positions, slice) and positions.step in (None, 1):
+                positions = torch.arange(*positions.indices(self.shape[2]), device=self.device)
+            if all(isinstance(part, slice) and part == full for part in (*index[:2], *index[3:])):
+                if isinstance(positions, Tensor) and positions.dim() == 1 and new.shape[2:3] == positions.shape:
+                    self.index_copy_(2, positions, new.expand(*self.shape[:2], *new.shape[2:]))
+                    return
+        raise NotImplementedError(f"{index} would write into a packed tensor; call .dequantize() first")
+
     def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Tensor:
         if dim != 0 or not isinstance(repeats, int):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
@@ -104,6 +116,8 @@ class PackedTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
+        if func in (aten.index_copy_.default, aten.zero_.default) and _is_fake(args):
+            return args[0]
         if handler is not None and not _is_fake(args):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
@@ -144,7 +158,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     return extend(first, torch.cat(rest, dim=2) if len(rest) > 1 else rest[0])
 
 
-def extend(past: PackedTensor, new: Tensor, append: Callable[..., None] = torch.ops.tqai.append) -> PackedTensor:
+def extend(past: PackedTensor, new: Tensor, append: Append = torch.ops.tqai.append) -> PackedTensor:
     """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further."""
     length = past.shape[2]
     count = new.shape[2]
@@ -155,7 +169,7 @@ def extend(past: PackedTensor, new: Tensor, append: Callable[..., None] = torch.
     return PackedTensor(storage, length + count)
 
 
-def pack(new: Tensor, fmt: PackedFormat, append: Callable[..., None] = torch.ops.tqai.append) -> PackedTensor:
+def pack(new: Tensor, fmt: PackedFormat, append: Append = torch.ops.tqai.append) -> PackedTensor:
     """Pack dense keys or values, [batch, heads, n, head_dim]."""
     batch, heads, count, _ = new.shape
     storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, count)
@@ -226,13 +240,16 @@ def _zero_(x: PackedTensor) -> PackedTensor:
 
 @_handles(aten.index_copy_.default)
 def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> Any:
-    if dim not in (2, -2):
+    first = int(index[0])
+    if dim not in (2, -2) or index.tolist() != list(range(first, first + len(index))):
         return NotImplemented
+    if first < 0 or first + len(index) > x.shape[2]:
+        raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
     write_at(x, source, index)
     return x
 
 
-def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Callable[..., None] = torch.ops.tqai.append) -> None:
+def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Append = torch.ops.tqai.append) -> None:
     """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ..."""
     s = x.storage
     append(s.pages, s.dense, s.state, new, start, s.fmt.spec)

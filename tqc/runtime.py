@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tqc import packed_tensor
+from tqc import packed_tensor, preallocated
 from tqc.format import PackedFormat
 from tqc.packed_tensor import PackedTensor
 
@@ -30,8 +30,9 @@ def pack(new: Tensor, spec: str, provider: str) -> PackedTensor:
     return packed_tensor.pack(new, PackedFormat.parse(spec), provider_module(provider).append)
 
 
-def pack_at(new: Tensor, start: Tensor, capacity: int, spec: str, provider: str) -> PackedTensor:
-    """Start a preallocated packed cache of `capacity` tokens with `new` at position `start[0]`."""
+def pack_at(new: Tensor, start: Tensor | int, capacity: int, spec: str, provider: str) -> PackedTensor:
+    """Start a preallocated packed cache of `capacity` tokens with `new` at position `start`, or `start[0]`."""
+    start = start if isinstance(start, Tensor) else torch.tensor([start], device=new.device)
     fmt = PackedFormat.parse(spec)
     storage = packed_tensor.Storage.allocate(new.shape[0], new.shape[1], fmt, new.dtype, new.device, capacity)
     result = PackedTensor(storage, capacity)
@@ -82,15 +83,28 @@ def attend_write(
     value: Tensor,
     k_cache: PackedTensor,
     v_cache: PackedTensor,
-    start: Tensor,
+    positions: Tensor | int,
+    counted: bool,
     attn_mask: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     softcap: float,
     provider: str,
 ) -> Tensor:
-    """Attend to a preallocated cache with new tokens at position `start[0]`, and write these into it."""
+    """Attend to a preallocated cache with new tokens at `positions`, and write these into it.
+
+    Args:
+        positions: int64 [n], or the first of n consecutive ones.
+        counted: whether they are known to be consecutive.
+    """
     kernels = provider_module(provider)
+    start = positions if isinstance(positions, Tensor) else torch.tensor([positions], device=query.device)
+    if start.device.type == "cpu" or not counted:
+        stored, capacity = k_cache.storage.length, k_cache.shape[2]
+        if not preallocated.is_append(start, key.shape[2], counted, stored, capacity, attn_mask):
+            for cache, new in ((k_cache, key), (v_cache, value)):
+                preallocated.rewrite(cache, start, new, kernels)
+            return attend(query, k_cache, v_cache, attn_mask, sinks, scale, softcap, provider)
     k, v = k_cache.storage, v_cache.storage
     k_spec, v_spec = k.fmt.spec, v.fmt.spec
     out, _ = kernels.attend(
@@ -101,6 +115,30 @@ def attend_write(
         kernels.append(storage.pages, storage.dense, storage.state, new, start, spec)
         storage.written_on_device()
     return out
+
+
+def adopt(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor | int,
+    count: int,
+    counted: bool,
+    attn_mask: Tensor | None,
+    k_spec: str,
+    v_spec: str,
+    provider: str,
+) -> None:
+    """Turn the caller's own preallocated dense tensors, just written at `positions`, into packed ones, in place.
+
+    They stay dense where that would lose something: see `preallocated`.
+    """
+    start = positions if isinstance(positions, Tensor) else torch.tensor([positions], device=k_cache.device)
+    if not preallocated.is_append(start, count, counted, k_cache.shape[2], k_cache.shape[2], attn_mask):
+        return
+    if preallocated.can_become_packed(k_cache) and preallocated.can_become_packed(v_cache):
+        stored, append = int(start.flatten()[0]) + count, provider_module(provider).append
+        preallocated.become_packed(k_cache, stored, PackedFormat.parse(k_spec), append)
+        preallocated.become_packed(v_cache, stored, PackedFormat.parse(v_spec), append)
 
 
 def attend(
@@ -116,7 +154,7 @@ def attend(
     """Attend to a packed cache that stays as it is (cross attention, layers that share a cache)."""
     k, v = k_cache.storage, v_cache.storage
     length = k_cache.shape[2]
-    start = None if k.length == length else torch.tensor([length])
+    start = None if k.length <= length else torch.tensor([length])
     out, _ = provider_module(provider).attend(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
         None, None, attn_mask, sinks, start, scale, softcap, False, k.fmt.spec, v.fmt.spec,
@@ -125,4 +163,4 @@ def attend(
 
 
 # Calls that stay outside the compiled regions.
-BOUNDARY = frozenset({pack, pack_at, read, attend_extend, attend_write, attend})
+BOUNDARY = frozenset({pack, pack_at, adopt, read, attend_extend, attend_write, attend})
