@@ -1,0 +1,322 @@
+"""Evaluation: decoding in chunks equals decoding token by token; what is measured and shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from tqc.config import Config
+from tqc.evaluate import Evaluation, Row, default_text, evaluate, parse_setting
+from tqc.evaluate_decode import (
+    Decoder,
+    LayerShape,
+    Passkey,
+    Scores,
+    all_in_bits,
+    chunks,
+    decode_in_step,
+    measured_bits,
+    passkeys,
+)
+from tqc.evaluate_peers import PEERS, Peer
+from tqc.format import PackedFormat
+from tqc.packed_tensor import extend, pack
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = {"provider": "reference", "rest": "eager", "residual_window": 32, "bits_k": 3, "bits_v": 3}
+
+
+class Letters:
+    """A tokenizer: one token a character."""
+
+    def __call__(self, text: str, return_tensors: str | None = None, add_special_tokens: bool = True) -> Any:
+        ids = [ord(letter) % 96 for letter in text]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if return_tensors else ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(token + (0 if 32 <= token else 96)) for token in ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(6.0)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def ours(model: Any, **options: Any) -> Decoder:
+    options = {**OPTIONS, **options}
+    compiled = torch.compile(model, backend="tqai", options=options)
+    return Decoder("ours", compiled, DynamicCache, Config.from_options(options).formats(16, 16))
+
+
+def tokens_of(count: int) -> torch.Tensor:
+    return torch.randint(0, 96, (1, count), generator=torch.Generator().manual_seed(2))
+
+
+# Chunks
+
+_formats = st.builds(
+    lambda sinks, window: PackedFormat(16, 3, True, sinks, 32 * window), st.integers(0, 40), st.integers(1, 5)
+)
+
+
+@given(st.integers(1, 700), st.lists(_formats, max_size=3), st.integers(1, 40))
+def test_chunks_cover_the_text_and_see_one_packed_length(tokens, formats, largest):
+    parts = list(chunks(tokens, formats, largest))
+    assert [position for begin, end in parts for position in range(begin, end)] == list(range(tokens))
+    for begin, end in parts:
+        assert begin == 0 or end - begin <= largest
+        for fmt in formats:
+            assert len({fmt.packed_tokens(position) for position in range(begin, end)}) == 1
+
+
+def test_a_chunk_starts_where_the_next_page_is_packed():
+    fmt = PackedFormat(16, 3, True, 4, 96)
+    assert list(chunks(180, [fmt])) == [(0, 101), (101, 133), (133, 165), (165, 180)]
+    assert list(chunks(150, [])) == [(0, 128), (128, 150)]
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 4])
+def test_chunks_agree_with_one_token_at_a_time(model, sink_tokens):
+    ids, found = tokens_of(170), {}
+    with torch.no_grad():
+        for largest in (1, 8, 32):
+            dense = Decoder("dense", model, DynamicCache)
+            decoder = ours(model, sink_tokens=sink_tokens)
+            scores = decode_in_step(dense, [decoder], ids, 20, print, {}, largest)["ours"]
+            found[largest] = {part: torch.cat(getattr(scores, part)) for part in ("kl", "nll", "same")}
+    assert found[1]["kl"].shape == (150,) and found[1]["nll"].shape == (149,)
+    assert found[1]["kl"][:10].max() < 1e-5 < found[1]["kl"][60:].median()
+    for largest in (8, 32):
+        for part in ("kl", "nll"):
+            torch.testing.assert_close(found[largest][part], found[1][part], atol=2e-5, rtol=1e-3)
+        assert (found[largest]["same"] == found[1]["same"]).float().mean() > 0.99
+
+
+def test_scores_against_the_definition(model):
+    """One token a call, without any of the machinery."""
+    ids = tokens_of(120)
+    with torch.no_grad():
+        decoder, dense = ours(model), Decoder("dense", model, DynamicCache)
+        scores = decode_in_step(dense, [decoder], ids, 60, print, {})
+        compiled, cache = torch.compile(model, backend="tqai", options=OPTIONS), DynamicCache()
+        steps = [compiled(ids[:, :30], past_key_values=cache).logits]
+        steps += [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(30, 120)]
+        q = torch.cat(steps, dim=1)[0].double().log_softmax(-1)
+        p = model(ids).logits[0].double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)[60:]
+    summary = scores["ours"].summary()
+    assert summary["kl_mean"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert summary["kl_median"] == pytest.approx(kl.float().median().item(), rel=1e-2)
+    nll = -q[60:119].gather(1, ids[0, 61:, None]).mean()
+    assert summary["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
+    assert summary["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1))[60:].double().mean().item())
+    assert scores["dense"].summary()["kl_mean"] == 0 and scores["dense"].summary()["top1_agreement"] == 1
+
+
+def test_scores_by_hand():
+    scores = Scores()
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([[0.25, 0.75], [0.8, 0.2]]).log()
+    scores.add(p, q, torch.tensor([1]))
+    expected = [0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()]
+    expected.append(0.9 * torch.tensor(9 / 8).log() + 0.1 * torch.tensor(0.5).log())
+    torch.testing.assert_close(scores.kl[0], torch.stack(expected))
+    assert scores.summary()["perplexity"] == pytest.approx(4 / 3)
+    assert scores.same[0].tolist() == [False, True]
+
+
+# Bits
+
+
+@pytest.mark.parametrize("setting", ["default", "k2v4:w32:s0"])
+def test_all_in_bits_are_those_of_a_real_cache(setting):
+    config = Config.from_options(parse_setting(setting)[1])
+    held = 0
+    for fmt in config.formats(32, 16):
+        tensor = pack(torch.randn(1, 2, 1, fmt.head_dim).bfloat16(), fmt)
+        for _ in range(299):
+            tensor = extend(tensor, torch.randn(1, 2, 1, fmt.head_dim).bfloat16())
+        held += tensor.packed_nbytes()
+    packed, dense = LayerShape(2, 32, 16, True), LayerShape(2, 32, 16, False)
+    assert all_in_bits(config, [packed], 300) == pytest.approx(held * 8 / (300 * 2 * 48))
+    assert all_in_bits(config, [packed, dense], 300) == pytest.approx(held * 4 / (300 * 2 * 48) + 8)
+
+
+def test_measured_bits_of_a_dense_cache():
+    assert measured_bits(DynamicCache, LayerShape(2, 32, 16, False), 64) == 16
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        ("default", {"preset": "default"}),
+        ("small:w64", {"preset": "small", "residual_window": 64}),
+        ("k4v2", {"bits_k": 4, "bits_v": 2}),
+        ("k3v3:w128:s8", {"bits_k": 3, "bits_v": 3, "residual_window": 128, "sink_tokens": 8}),
+        ("k8v1:haar:seed7", {"bits_k": 8, "bits_v": 1, "rotation": "haar", "seed": 7}),
+    ],
+)
+def test_settings(setting, options):
+    assert parse_setting(setting) == (setting, options)
+
+
+def test_settings_from_options():
+    assert parse_setting({"preset": "small"}) == ("small", {"preset": "small"})
+    options = {"bits_k": 4, "bits_v": 2, "residual_window": 64}
+    assert parse_setting(options) == ("k4v2:w64:s4", options)
+
+
+@pytest.mark.parametrize("setting", ["defualt", "k4", "k4v2:x", "k4v2:w", "k9v2", "k4v2:w33", {"bitsk": 4}])
+def test_settings_that_cannot_be_read(setting):
+    with pytest.raises(ValueError):
+        parse_setting(setting)
+
+
+# Passkeys
+
+
+def test_passkeys_hide_a_number_at_a_depth():
+    tokenizer = Letters()
+    cases = passkeys(tokenizer, "lorem ipsum " * 100, 600, torch.device("cpu"))
+    assert len({case.number for case in cases}) == len(cases) == 5
+    for case in cases:
+        assert case.context.shape == (1, 600) and case.question.shape[0] == 1
+        text = tokenizer.decode(case.context[0].tolist())
+        assert abs(text.index(case.number) / 600 - case.depth) < 0.15
+
+
+@pytest.mark.parametrize("answer", ["48213", "48231"])
+def test_a_passkey_counts_if_the_answer_holds_it(answer):
+    said = iter([" ", *answer, *" ".join("......")])
+
+    def run(ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
+        logits = torch.zeros(1, ids.shape[1], 96)
+        if ids.shape[1] < 60:  # not the context
+            logits[0, -1, ord(next(said)) % 96] = 1
+        return SimpleNamespace(logits=logits)
+
+    case = Passkey("48213", 0.5, torch.zeros(1, 60, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64))
+    assert case.asked(Decoder("oracle", run, dict), Letters()) == (answer == "48213")
+
+
+# evaluate
+
+
+def test_evaluate(model, tmp_path):
+    steps: list[str] = []
+    settings = [OPTIONS, "off"]
+    text = "".join(chr(32 + number) for number in torch.randint(0, 90, (600,)).tolist())
+    found = evaluate(model, Letters(), settings, text, 160, 60, 80, on_step=steps.append)
+    dense, packed, off = found.rows
+    assert (dense.name, packed.name, off.name) == ("dense", "k3v3:w32:s4", "off")
+    assert dense.kl_mean == 0 and dense.bits == 32 and dense.bits_4096 == 16 and dense.perplexity_increase == 0
+    assert off.kl_mean < 1e-6 and off.bits == 32 and off.bits_4096 == 16 and off.packed_layers == 0
+    assert 0 < packed.kl_median < packed.kl_mean < packed.kl_p99 and packed.packed_layers == 2
+    assert packed.bits == packed.cache_bytes * 8 / (160 * 16 * 2 * 2) and 3 < packed.bits_4096 < 4.2
+    assert 0 < packed.top1_agreement < 1 and packed.perplexity_increase == packed.perplexity / dense.perplexity - 1
+    assert found.passkeys == 5 and packed.passkeys_found is not None
+    assert any("decoding" in step for step in steps) and any("passkey" in step for step in steps)
+
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    console = Console(width=140, record=True, file=open(tmp_path / "out", "w"))
+    console.print(found)
+    assert "k3v3:w32:s4" in console.export_text()
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "kl.png")
+    assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_refuses_what_it_cannot_do(model):
+    with pytest.raises(ValueError, match="fewer than score_from"):
+        evaluate(model, Letters(), ["default"], "short")
+    with pytest.raises(ValueError, match="given twice"):
+        evaluate(model, Letters(), ["default", "default"])
+    with pytest.raises(ValueError, match="compiled already"):
+        evaluate(torch.compile(model, backend="eager"), Letters(), ["default"])
+
+
+def test_default_text_is_long():
+    assert len(default_text()) > 200_000
+
+
+# Peers
+
+
+def test_peers_that_are_not_installed_say_so(model, monkeypatch):
+    absent = Peer("other", (("other-cache", "other_cache"),), lambda model: None)
+    broken = Peer("broken", (), lambda model: 1 // 0)
+    monkeypatch.setattr("tqc.evaluate_peers.PEERS", (absent, broken))
+    found = evaluate(model, Letters(), [], "some text " * 30, 100, 40, passkey_tokens=0, peers=True)
+    dense, first, second = found.rows
+    assert first.reason == "not installed: other-cache" and first.kl_mean is None
+    assert second.reason == "ZeroDivisionError: integer division or modulo by zero"
+    assert not dense.reason and found.passkeys == 0
+    assert "not installed" in json.dumps(found.to_dict())
+    with Console(width=140).capture() as capture:
+        Console(width=140).print(found)
+    del capture
+
+
+def test_a_peer_that_fails_while_decoding_is_left_out(model):
+    def run(ids: torch.Tensor, **_: Any) -> Any:
+        raise RuntimeError("no room\nat all")
+
+    failed: dict[str, str] = {}
+    with torch.no_grad():
+        dense = Decoder("dense", model, DynamicCache)
+        decode_in_step(dense, [Decoder("other", run, DynamicCache)], tokens_of(50), 10, print, failed)
+    assert failed == {"other": "RuntimeError: no room"}
+
+
+def test_fp8_peer_runs(model):
+    """The one peer that needs no other package."""
+    peer = next(peer for peer in PEERS if not peer.packages)
+    with torch.no_grad():
+        decoder = Decoder(peer.name, model, lambda: peer.new_cache(model))
+        scores = decode_in_step(Decoder("dense", model, DynamicCache), [decoder], tokens_of(150), 20, print, {})
+    assert 0 < scores[peer.name].summary()["kl_mean"]
+    assert 8 < measured_bits(decoder.new_cache, LayerShape(1, 16, 16, False), 64) < 8.1
+
+
+# Benchmarks
+
+
+def test_readme_tables_are_those_of_the_results():
+    result = subprocess.run(
+        [sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_plot_without_points(tmp_path):
+    pytest.importorskip("matplotlib")
+    Evaluation("m", "float32", 10, 2, 0, 0, [Row("dense", "dense")]).plot(tmp_path / "empty.png")
