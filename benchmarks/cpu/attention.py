@@ -25,9 +25,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
-from tqc.lowering import cpu
 
 from tqc.format import PackedFormat
+from tqc.lowering import cpu
 
 SHAPES = ((32, 8, 128), (9, 3, 64), (16, 16, 64), (8, 1, 256))
 BITS = ((4, 2), (3, 3), (4, 4))

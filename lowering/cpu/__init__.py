@@ -13,9 +13,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from tqc.lowering.cpu import build
 
 from tqc.format import PackedFormat, scale_table
+from tqc.lowering.cpu import build
 
 __all__ = ["NAME", "accepts", "append", "attend", "level", "read", "supported"]
 

@@ -4,7 +4,7 @@
 
 namespace tqc {
 
-template <class Block, int width, bool first>
+template <class Block, int width>
 inline void unpack_row(uint8_t* out, const uint8_t* in, int stride, int shift) {
   constexpr int size = sizeof(Block);
   Block mask;
@@ -13,33 +13,36 @@ inline void unpack_row(uint8_t* out, const uint8_t* in, int stride, int shift) {
     for (int i = 0; i < stride; i += size) {
       const int at = i + size <= stride ? i : stride - size;  // the last block overlaps the one before
       Block value = ((load_as<Block>(in + at) >> (field * width)) & mask) << shift;
-      if (!first) value |= load_as<Block>(out + at);
       memcpy(out + at, &value, size);
     }
 }
 
-template <int width, bool first>
+template <int width>
 inline void unpack_rows(uint8_t* out, int ld, const uint8_t* in, int dim, int shift) {
   const int stride = dim * width / 8;
   for (int t = 0; t < PAGE; ++t, in += stride, out += ld) {
-    if (stride >= 16) unpack_row<b16, width, first>(out, in, stride, shift);
-    else if (stride >= 8) unpack_row<uint64_t, width, first>(out, in, stride, shift);
-    else unpack_row<uint8_t, width, first>(out, in, stride, shift);
+    if (stride >= 16) unpack_row<b16, width>(out, in, stride, shift);
+    else if (stride >= 8) unpack_row<uint64_t, width>(out, in, stride, shift);
+    else unpack_row<uint8_t, width>(out, in, stride, shift);
   }
 }
 
-// Codes of a page, [32, ld] bytes; what lies between dim and ld is left as it was.
+// Codes of a page, [32, ld] bytes; what lies between dim and ld is left as it was. `out` has room for 64 rows: planes
+// behind the first are unpacked there and merged, since reading back what was just written in pieces would stall.
 inline void unpack_page(uint8_t* out, int ld, const uint8_t* page, const Format& f) {
   for (int p = 0; p < f.plane_count; ++p) {
     const Plane& plane = f.planes[p];
+    uint8_t* to = p ? out + PAGE * ld : out;
     const uint8_t* in = page + plane.offset;
-    switch (plane.width * 2 + (p == 0)) {
-      case 17: unpack_rows<8, true>(out, ld, in, f.dim, 0); break;
-      case 9: unpack_rows<4, true>(out, ld, in, f.dim, 0); break;
-      case 5: unpack_rows<2, true>(out, ld, in, f.dim, 0); break;
-      case 3: unpack_rows<1, true>(out, ld, in, f.dim, 0); break;
-      case 4: unpack_rows<2, false>(out, ld, in, f.dim, plane.shift); break;
-      case 2: unpack_rows<1, false>(out, ld, in, f.dim, plane.shift); break;
+    switch (plane.width) {
+      case 8: unpack_rows<8>(to, ld, in, f.dim, plane.shift); break;
+      case 4: unpack_rows<4>(to, ld, in, f.dim, plane.shift); break;
+      case 2: unpack_rows<2>(to, ld, in, f.dim, plane.shift); break;
+      case 1: unpack_rows<1>(to, ld, in, f.dim, plane.shift); break;
+    }
+    for (int i = 0; p && i < PAGE * ld; i += 16) {
+      const b16 merged = load_as<b16>(out + i) | load_as<b16>(to + i);
+      memcpy(out + i, &merged, 16);
     }
   }
 }
@@ -104,7 +107,7 @@ inline void page_centre(float* out, const uint8_t* page, const Format& f) {
 }
 
 // Decoded tokens [offset, offset + count) of a page, in the model's basis: out [count, padded(dim)].
-// `codes` and `rotated` are scratch of 32 rows of padded(dim).
+// `rotated` is scratch of 32 rows of padded(dim), `codes` of 64.
 inline void decode_page(float* out, const uint8_t* page, const float* head_centre, const Format& f, int offset,
                         int count, uint8_t* codes, float* rotated) {
   int ld = padded(f.dim);

@@ -29,10 +29,10 @@ inline int64_t rewind(const AppendArgs& a, int64_t packed, int64_t length) {
   packed = kept / PAGE * PAGE;
   if (kept == packed) return packed;
   int ld = padded(f.dim);
-  scratch.reserve(PAGE * ld * 9 + ld * 4 + 256);
+  scratch.reserve(PAGE * ld * 10 + ld * 4 + 256);
   float* rows = scratch.take<float>(PAGE * ld);
   float* rotated = scratch.take<float>(PAGE * ld);
-  uint8_t* codes = scratch.take<uint8_t>(PAGE * ld);
+  uint8_t* codes = scratch.take<uint8_t>(2 * PAGE * ld);
   float* centre = scratch.take<float>(ld);
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t h = 0; h < a.heads; ++h) {
@@ -144,10 +144,10 @@ inline void read(const Store& s, char* out, int64_t batch, int64_t heads, int64_
     int64_t b = task / runs / heads, h = task / runs % heads, t = task % runs * RUN;
     int64_t limit = std::min(t + RUN, length);
     char* row = out + ((b * heads + h) * length + t) * row_bytes;
-    scratch.reserve(PAGE * ld * 9 + ld * 4 + 256);
+    scratch.reserve(PAGE * ld * 10 + ld * 4 + 256);
     float* rows = scratch.take<float>(PAGE * ld);
     float* rotated = scratch.take<float>(PAGE * ld);
-    uint8_t* codes = scratch.take<uint8_t>(PAGE * ld);
+    uint8_t* codes = scratch.take<uint8_t>(2 * PAGE * ld);
     float* centre = scratch.take<float>(ld);
     for (int i = 0; i < ld; ++i) centre[i] = 0;
     to_float(centre, s.row(b, h, 0), f.dim, s.dtype);
