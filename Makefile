@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PROMPT ?= Summarize this in three sentences: $$(cat README.md)
+PROMPT ?= $$(cat docs/demo.txt)
 
 .PHONY: setup demo test lint format bench clean
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tqc import cli, cli_generate, models
+from tqc import cli, cli_generate, cli_show, models
 
 
 def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
@@ -38,6 +38,10 @@ def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
         (["run", "x", "--max-tokens", "0"], ["--max-tokens", "0", "at least 1"]),
         (["run", "x", "--dtype", "int4"], ["--dtype", "int4", "bfloat16"]),
         (["run", "x", "--dense", "--bits-k", "3"], ["--dense", "--bits-k"]),
+        (["eval", "k9x"], ["k9x", "preset", "k4v2"]),
+        (["eval", "k9v2"], ["bits_k", "9", "1 to 8"]),
+        (["eval", "--text", "./missing"], ["--text", "./missing", "No such file"]),
+        (["eval", "--tokens", "-5"], ["--tokens", "-5", "at least 1"]),
         (["run", " "], ["PROMPT", "empty"]),
         (["run", "x", "--model", "./missing"], ["./missing", "no such file or folder"]),
         (["compare", "x", "--model", "./missing"], ["./missing", "no such file or folder"]),
@@ -118,7 +122,7 @@ def test_common_prefix_stops_at_the_first_difference() -> None:
 
 
 def test_byte_counts_are_readable() -> None:
-    assert [cli._bytes(count) for count in (12, 1200, 4_950_000, 3 * 10**9)] == [
+    assert [cli_show.readable_bytes(count) for count in (12, 1200, 4_950_000, 3 * 10**9)] == [
         "12 B",
         "1.20 kB",
         "4.95 MB",
@@ -156,3 +160,14 @@ def test_explain_finds_the_caches_of_the_tiny_model(tiny_model_folder: Path, mon
     assert code == 0 and json.loads(out)["graphs"]
     code, out, _ = call(monkeypatch, capsys, "explain", "the cache", "-m", str(tiny_model_folder))
     assert code == 0 and "attention" in out
+
+
+@pytest.mark.slow
+def test_eval_scores_each_setting(tiny_model_folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cache is a tensor that a graph writes and later reads into attention . " * 40)
+    args = ["eval", "k8v8", "k2v2", "-m", str(tiny_model_folder), "--text", str(text), "--tokens", "300"]
+    code, out, err = call(monkeypatch, capsys, *args, "--json")
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert 0 <= rows["k8v8"]["kl_mean"] < rows["k2v2"]["kl_mean"]

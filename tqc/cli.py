@@ -1,4 +1,4 @@
-"""The command line: `tqc info`, `run`, `compare`, `explain` and `eval`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,6 @@ import typer
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from tqc.cli_generate import Comparison, Generation
 
 app = typer.Typer(
     add_completion=False,
@@ -103,7 +103,7 @@ def run(
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {_flag(next(iter(options)))}")
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = _load(model, dtype, prompt)
+        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
         from tqc.cli_generate import compile_model, generate
 
         compile_model(loaded, None if dense else options)
@@ -118,8 +118,10 @@ def run(
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
+        from tqc.cli_show import summary
+
         print(flush=True)
-        _stderr().print(f"[dim]{_summary(result)}[/dim]", highlight=False)
+        _stderr().print(summary(result), style="dim", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -138,14 +140,19 @@ def compare(
     """Generate with a dense and a compressed cache, and say how they differ."""
     options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = _load(model, dtype, prompt)
+        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
         from tqc.cli_generate import compare as compare_runs
 
         result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
-        _print_comparison(result)
+        from rich.console import Console
+
+        from tqc.cli_show import comparison
+
+        console = Console()
+        console.print(*comparison(result, console.width), sep="\n")
 
 
 @app.command()
@@ -157,7 +164,7 @@ def explain(
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
     with _status("loading the model") as status:
-        loaded, _, inputs = _load(model, dtype, prompt)
+        loaded, _, inputs = _load_with_prompt(model, dtype, prompt)
         import tqc
 
         status.update("tracing")
@@ -168,6 +175,51 @@ def explain(
         from rich import print as rich_print
 
         rich_print(report)
+
+
+@app.command("eval")
+def evaluate(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Presets, or bits like k4v2, with parts like k3v3:w128:s8; all presets.")
+    ] = None,
+    model: Model = None,
+    text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
+    tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
+    peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
+    plot: Annotated[str | None, typer.Option(help="PNG to draw divergence over bits into.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure how far compressed caches move a model's predictions, decoding a text through each of them."""
+    from tqc.config import PRESETS
+    from tqc.evaluate import evaluate as run_evaluation
+    from tqc.evaluate import parse_setting
+
+    settings = settings or [name for name in PRESETS if name != "off"]
+    try:
+        for setting in settings:
+            parse_setting(setting)
+        content = Path(text).read_text() if text else None
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        raise BadInput(f"--text {text!r} cannot be read: {error.strerror}") from None
+    with _status("loading the model") as status:
+        loaded, tokenizer = _load(model, dtype)
+        try:
+            result = run_evaluation(
+                loaded, tokenizer, settings, text=content, tokens=tokens, peers=peers, on_step=status.update
+            )
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    if plot:
+        result.plot(plot)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        from rich import print as rich_print
+
+        rich_print(result)
 
 
 @app.command()
@@ -216,10 +268,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _load(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer and encoded prompt, on the GPU if there is one."""
-    if not prompt.strip():
-        raise BadInput("PROMPT is empty: give some text")
+def _load(model: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU if there is one."""
     from tqc import models
 
     if dtype not in models.DTYPES:
@@ -231,9 +281,16 @@ def _load(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[st
         raise BadInput(str(error)) from None
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = {name: tensor.to(device) for name, tensor in models.encode(tokenizer, prompt).items()}
-    return loaded.to(device), tokenizer, inputs
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
+    if not prompt.strip():
+        raise BadInput("PROMPT is empty: give some text")
+    loaded, tokenizer = _load(model, dtype)
+    from tqc.models import encode
+
+    return loaded, tokenizer, {name: tensor.to(loaded.device) for name, tensor in encode(tokenizer, prompt).items()}
 
 
 def _stderr() -> Any:
@@ -246,55 +303,6 @@ def _stderr() -> Any:
 def _status(message: str) -> Iterator[Status]:
     with _stderr().status(message) as status:
         yield status
-
-
-def _summary(result: Generation) -> str:
-    count = len(result.tokens)
-    speed = f" ({result.tokens_per_s:.1f} tokens/s once compiled)" if result.tokens_per_s else ""
-    return (
-        f"first token after {result.first_token_s:.1f} s, {count} tokens in {result.total_s:.1f} s{speed}, "
-        f"cache {_bytes(result.cache_bytes)} for {result.prompt_tokens + count} tokens"
-    )
-
-
-def _print_comparison(result: Comparison) -> None:
-    from rich.columns import Columns
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    dense, compressed = result.dense, result.compressed
-    width = max(30, console.width // 2 - 1)
-    console.print(
-        Columns(
-            [
-                Panel(Text(dense.text), title="dense", width=width),
-                Panel(Text(compressed.text), title="compressed", width=width),
-            ],
-            padding=(0, 1),
-        )
-    )
-    table = Table("", "dense", "compressed")
-    table.add_row("tokens/s", *(f"{run.tokens_per_s:.1f}" if run.tokens_per_s else "-" for run in (dense, compressed)))
-    table.add_row("cache", _bytes(dense.cache_bytes), f"{_bytes(result.cache_bytes)} (1/{result.cache_ratio:.2f})")
-    table.add_row("bits per cached element", str(8 * result.dtype_bytes), f"{result.bits_per_element:.2f}")
-    steps = len(dense.tokens)
-    table.add_row("KL to dense, nats (mean)", "0", f"{result.kl:.2g}")
-    table.add_row("same most likely next token", "", f"{result.same_next} of {steps}")
-    table.add_row("same text for the first", "", f"{result.same_prefix} of {steps} tokens")
-    console.print(table)
-    console.print(
-        "[dim]Cache, KL and next tokens: the dense run's tokens decoded one by one through the compressed cache.[/dim]"
-    )
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
 
 
 if __name__ == "__main__":
