@@ -25,11 +25,12 @@ def nmse(decoded, x):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("head_dim, rotation", [(64, "hadamard"), (128, "hadamard"), (96, "hadamard"), (80, "haar")])
-def test_error_of_gaussian_vectors_is_that_of_the_codebook(bits, head_dim, rotation):
+def test_error_of_gaussian_vectors_is_at_most_that_of_the_codebook(bits, head_dim, rotation):
     x = normal(1, 2, 1024, head_dim)
     error = nmse(roundtrip(x, PackedFormat(head_dim, bits, False, rotation=rotation)), x)
-    # The scale is stored to 1/32 of an octave, which shows at 8 bits alone.
-    assert error == pytest.approx(codebook.distortion(head_dim, bits), rel=0.04 if bits < 7 else 0.1)
+    # The scale is stored to 1/32 of an octave, which shows at 7 and 8 bits; one fitted to the vector can gain a fifth.
+    ratio = error / codebook.distortion(head_dim, bits)
+    assert 0.75 < ratio < (1.03 if bits < 7 else 1.1)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
