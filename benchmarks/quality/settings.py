@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from tqc.config import Config
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.quantizer import decode_pages, encode_pages, head_centre, token_scales, unrotate
 from tqc.storage import Storage
@@ -193,12 +194,14 @@ def english_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-PRESETS = {"small": "K2V2,w128", "default": "K3V3,w96", "quality": "K4V4,w96"}
+def preset(name: str) -> str:
+    config = Config.from_options({"preset": name})
+    return f"K{config.bits_k}V{config.bits_v},w{config.residual_window},s{config.sink_tokens}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", default=list(PRESETS.values()))
+    parser.add_argument("settings", nargs="*", default=[preset(name) for name in ("small", "default", "quality")])
     parser.add_argument("--text", type=Path, help="file to read the text from instead")
     parser.add_argument("--biased-keys", action="store_true", help="put a constant of norm 600 into the keys")
     parser.add_argument("--skip", type=int, default=0, help="tokens of the text to skip")
