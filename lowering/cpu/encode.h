@@ -53,6 +53,10 @@ inline void good_mean(float* out, const float* y, int ld, uint32_t bad) {
   }
 }
 
+// Scales tried for each vector, in steps of the scale code around its root mean square.
+constexpr int SCALE_SEARCH[] = {0, -4, 4, -8, 8};
+constexpr int SCALE_SEARCH_BITS = 5;  // wider codes leave little to gain
+
 inline int scale_code(float scale, float base) {
   float ratio = base > 0 ? scale / base : 0.0f;
   if (!(ratio > 0)) return SCALE_ZERO;
@@ -128,20 +132,30 @@ inline void encode_page(uint8_t* page, const float* x, float* r, const float* ce
   float corrected[PAGE], top = 0;
   for (int t = 0; t < PAGE; ++t) {
     const float* row = r + t * ld;
-    uint8_t codes[512];
-    vf divisor = splat(std::max(scale_factors[scale_code(scales[t], base)] * base, FLT_MIN));
-    vf by = splat(std::max(peaks[t], FLT_MIN)), product{}, square{};
-    for (int i = 0; i < ld; i += W) {
-      vf x_i = load(row + i);
-      vi code = search(x_i / divisor, f);
-      vf level;
-      for (int lane = 0; lane < W; ++lane) level[lane] = f.levels[code[lane]];
-      level *= load(real + i);
-      product += x_i / by * level;
-      square += level * level;
-      for (int lane = 0; lane < W; ++lane) codes[i + lane] = uint8_t(code[lane]);
+    const float scale = scale_factors[scale_code(scales[t], base)] * base;
+    const vf by = splat(std::max(peaks[t], FLT_MIN));
+    uint8_t codes[512], tried[512];
+    float best = -1.0f;
+    for (int steps : SCALE_SEARCH) {
+      if (steps != 0 && f.bits > SCALE_SEARCH_BITS) break;
+      vf divisor = splat(std::max(scale * std::exp2(steps / 32.0f), FLT_MIN)), product{}, square{};
+      for (int i = 0; i < ld; i += W) {
+        vf x_i = load(row + i);
+        vi code = search(x_i / divisor, f);
+        vf level;
+        for (int lane = 0; lane < W; ++lane) level[lane] = f.levels[code[lane]];
+        level *= load(real + i);
+        product += x_i / by * level;
+        square += level * level;
+        for (int lane = 0; lane < W; ++lane) tried[i + lane] = uint8_t(code[lane]);
+      }
+      const float dot = hsum(product), energy = hsum(square), fit = dot * dot / energy;
+      if (fit > best) {
+        best = fit;
+        corrected[t] = std::max(peaks[t] * dot / energy, 0.0f);
+        memcpy(codes, tried, f.dim);
+      }
     }
-    corrected[t] = std::max(peaks[t] * hsum(product) / hsum(square), 0.0f);
     top = std::max(top, corrected[t]);
     pack_row(page, codes, t, f);
   }
