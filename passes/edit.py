@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from tqc.passes.find_attention import Mask
+from tqc.passes.find_flex_attention import FLEX, block_mask_of, mask_function, shape_of, visible
 from tqc.passes.graph import value
 
 # What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops never go.
@@ -39,6 +42,7 @@ _PURE_FUNCTIONS = {
     operator.truediv,
     operator.matmul,
     torch.softmax,
+    FLEX,
 }
 
 
@@ -68,35 +72,83 @@ def erase_unused_sizes(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def combine_masks(graph: Graph, masks: tuple[Mask, ...]) -> Node | None:
-    """One node that stands for all masks, inserted where the graph stands: bool (True attends) or float (added)."""
+def combine_masks(graph: Graph, masks: tuple[Mask, ...], columns: Any) -> Node | None:
+    """One node that stands for all masks, inserted where the graph stands: bool (True attends) or float (added).
+
+    Args:
+        columns: how many keys there are, a node or an int.
+    """
     if not masks:
         return None
-    total, added = _as_given(graph, masks[0])
+    total, added = _as_given(graph, masks[0], columns)
     for mask in masks[1:]:
-        other, other_added = _as_given(graph, mask)
+        other, other_added = _as_given(graph, mask, columns)
         if not added and not other_added:
-            total = _insert(graph, torch.logical_and, total, other)
+            total = insert(graph, torch.logical_and, total, other)
             continue
         total = total if added else _added(graph, total)
         other = other if other_added else _added(graph, other)
-        total, added = _insert(graph, torch.add, total, other), True
+        total, added = insert(graph, torch.add, total, other), True
     return total
 
 
-def _as_given(graph: Graph, mask: Mask) -> tuple[Node, bool]:
+def _as_given(graph: Graph, mask: Mask, columns: Any) -> tuple[Node, bool]:
     if mask.kind == "drop":
-        return _insert(graph, torch.logical_not, mask.node), False
+        return insert(graph, torch.logical_not, mask.node), False
+    if mask.kind == "flex":
+        return _materialize(graph, mask.node, columns), False
     return mask.node, mask.kind == "add"
 
 
 def _added(graph: Graph, keep: Node) -> Node:
-    zeros = _insert(graph, torch.zeros_like, keep, dtype=torch.float32)
-    dropped = _insert(graph, torch.logical_not, keep)
-    return _insert(graph, torch.masked_fill, zeros, dropped, -math.inf)
+    zeros = insert(graph, torch.zeros_like, keep, dtype=torch.float32)
+    dropped = insert(graph, torch.logical_not, keep)
+    return insert(graph, torch.masked_fill, zeros, dropped, -math.inf)
 
 
-def _insert(graph: Graph, function: Any, *args: Any, **kwargs: Any) -> Node:
+def _materialize(graph: Graph, node: Node, columns: Any) -> Node:
+    """The mask of a `flex_attention` node as a tensor: its mask function, inlined, on all indices at once."""
+    device = value(node.args[0]).device
+    ranges, indices = [], []
+    for dim, size in enumerate((*shape_of(node), columns)):
+        if isinstance(size, torch.SymInt):
+            size = insert(graph, _size, node.args[0], dim)
+        ranges.append(insert(graph, torch.arange, size, device=device))
+        shape = [1, 1, 1, 1]
+        shape[dim] = -1
+        indices.append(insert(graph, torch.reshape, ranges[-1], tuple(shape)))
+    function, others = mask_function(node)
+    env: dict[Node, Any] = {}
+    given = iter((*indices, *others))
+    result: Any = None
+    for inner in function.graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(given)
+        elif inner.op == "output":
+            result = inner.args[0][0] if isinstance(inner.args[0], (tuple, list)) else inner.args[0]
+        else:
+            args, kwargs = torch.fx.node.map_arg((inner.args, inner.kwargs), env.__getitem__)
+            target = inner.target if inner.op == "call_function" else getattr(torch.Tensor, str(inner.target))
+            env[inner] = insert(graph, target, *args, **kwargs)
+    return insert(graph, visible, env[result], ranges[2], ranges[3], *block_mask_of(node))
+
+
+def _size(tensor: torch.Tensor, dim: int) -> int:
+    return tensor.shape[dim]
+
+
+def insert(graph: Graph, function: Any, *args: Any, **kwargs: Any) -> Node:
+    """Call `function` where the graph stands; its example value is computed from those of its arguments."""
     node = graph.call_function(function, args, kwargs)
-    set_value(node, function(*(value(arg) for arg in args), **kwargs))
+    examples = torch.fx.node.map_arg((args, kwargs), value)
+    with _fake_mode(graph):
+        set_value(node, function(*examples[0], **examples[1]))
     return node
+
+
+def _fake_mode(graph: Graph) -> Any:
+    """The mode of the graph's own example values; the one of the tracing context may be another."""
+    examples = (value(node) for node in graph.nodes if node.op == "placeholder")
+    return next(
+        (example.fake_mode for example in examples if isinstance(example, FakeTensor)), contextlib.nullcontext()
+    )

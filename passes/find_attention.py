@@ -19,7 +19,8 @@ class Mask:
 
     Attributes:
         node: broadcastable to [batch, query_heads, n, columns].
-        kind: "keep" for bool where True attends, "drop" for bool where True does not, "add" for float.
+        kind: "keep" for bool where True attends, "drop" for bool where True does not, "add" for float; "flex" where
+            `node` is a `flex_attention` whose mask is still a function.
     """
 
     node: Node

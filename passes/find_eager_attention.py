@@ -139,6 +139,8 @@ def _walk_up(node: Any, scores: Scores) -> None:
         if node.kwargs.get("alpha", 1) != 1:
             raise NotUnderstood("a mask is added with a factor")
         left, right = node.args
+        if _leads_to_product(left) and _leads_to_product(right):
+            raise NotUnderstood("two products of matrices are added")
         of_scores, mask = (left, right) if _leads_to_product(left) else (right, left)
         scores.enter(1, "a mask")
         if not isinstance(mask, Node) or not isinstance(value(mask), Tensor) or not value(mask).is_floating_point():
@@ -222,16 +224,14 @@ def _match_sinks(node: Node, scores: Scores) -> None:
 
 def _leads_to_product(node: Any, depth: int = 8) -> bool:
     """Whether the scores come from here rather than from the other operand of an addition."""
-    for _ in range(depth):
-        node = strip_casts(node)
-        if not isinstance(node, Node):
-            return False
-        if calls(node, *MATMUL):
-            return True
-        if not (calls(node, *_ADD, *_MUL, *_DIV, *_SUB, *_TANH, "masked_fill", torch.masked_fill) and node.args):
-            return False
-        node = node.args[0]
-    return False
+    node = strip_casts(node)
+    if not isinstance(node, Node) or depth == 0:
+        return False
+    if calls(node, *MATMUL):
+        return True
+    if not calls(node, *_ADD, *_MUL, *_DIV, *_SUB, *_TANH, "masked_fill", torch.masked_fill):
+        return False
+    return any(_leads_to_product(operand, depth - 1) for operand in node.args[:2])
 
 
 def _is_row_maximum(node: Any, of: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from tqc import runtime
-from tqc.passes.edit import combine_masks, erase_unused, set_value
+from tqc.passes.edit import combine_masks, erase_unused, insert, set_value
 from tqc.passes.graph import value
 from tqc.passes.plan import FUSE, Plan, Site
 
@@ -35,7 +35,7 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
         assert site.key and site.value
         attention = site.attention
         with gm.graph.inserting_before(attention.output):
-            mask = combine_masks(gm.graph, attention.masks)
+            mask = combine_masks(gm.graph, attention.masks, _columns(gm, site))
             if site.key.kind == "grow" and site.key.node not in extended:
                 out = _fuse_growing(gm, site, mask, extended)
             elif site.key.kind == "write":
@@ -59,6 +59,25 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
             if cache and cache.operation and cache.kind == "write":
                 _erase_write(cache.operation)
     return len(sites)
+
+
+def _columns(gm: GraphModule, site: Site) -> Any:
+    """How many keys the site attends to, where a mask must be made: a node or an int."""
+    assert site.key
+    if not any(mask.kind == "flex" for mask in site.attention.masks):
+        return None
+    past, new = site.key.past, site.key.new if site.key.kind == "grow" else None
+    sizes: list[Any] = []
+    for tensor in filter(None, (past, new)):
+        size = value(tensor).shape[2]
+        if not isinstance(size, int):
+            node = gm.graph.call_method("size", (tensor, 2))
+            set_value(node, size)
+            size = node
+        sizes.append(size)
+    if len(sizes) == 2 and any(isinstance(size, Node) for size in sizes):
+        return insert(gm.graph, operator.add, *sizes)
+    return sum(sizes)
 
 
 def _fuse_growing(gm: GraphModule, site: Site, mask: Node | None, extended: dict[Node, Node]) -> Node:

@@ -103,6 +103,13 @@ _VIEWS = {
 _VIEW_FUNCTIONS = {operator.getitem, torch.transpose, torch.narrow, torch.unsqueeze, torch.select, torch.permute}
 
 
+def rearranges(node: Node) -> bool:
+    """Whether `node` holds the same elements as its first argument: a view, a copy, a repetition or another dtype."""
+    if node.op == "call_method":
+        return node.target in _VIEWS | _CASTS | {"reshape", "contiguous", "repeat_interleave"}
+    return calls(node, *_VIEW_FUNCTIONS, torch.reshape, torch.repeat_interleave)
+
+
 def strip_casts(node: Any) -> Any:
     """The node before it was converted to another floating dtype on the same device."""
     while isinstance(node, Node) and node.op == "call_method" and node.target in _CASTS:

@@ -12,9 +12,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.lowering import choose
-from tqc.passes.find_attention import Attention, find_attention
+from tqc.passes.find_attention import SDPA, Attention, find_attention
 from tqc.passes.find_cache import CacheWrite, find_cache
-from tqc.passes.graph import value
+from tqc.passes.find_eager_attention import MATMUL
+from tqc.passes.graph import calls, rearranges, value
 
 # What becomes of a site.
 FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
@@ -89,7 +90,7 @@ def _outputs(gm: GraphModule) -> set[Node]:
 
 def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     attention = site.attention
-    if attention.reason and attention.key is attention.output:
+    if attention.reason:
         site.reason = attention.reason
         return
     key, val = find_cache(attention.key), find_cache(attention.value)
@@ -99,9 +100,6 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
             return
     assert isinstance(key, CacheWrite) and isinstance(val, CacheWrite)
     site.key, site.value = key, val
-    if attention.reason:
-        site.reason = attention.reason
-        return
     if (key.kind, key.packed, key.positions, key.prefix) != (val.kind, val.packed, val.positions, val.prefix):
         site.reason = "keys and values are cached in different ways"
         return
@@ -162,7 +160,12 @@ def _why_not_fused(site: Site) -> str | None:
     if attention.is_causal:
         return "is_causal over a cache that is not written in this call"
     for mask in attention.masks:
-        if value(mask.node).dtype not in (torch.bool, torch.float32, torch.bfloat16, torch.float16):
+        if mask.kind != "flex" and value(mask.node).dtype not in (
+            torch.bool,
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
             return f"attn_mask is {value(mask.node).dtype}"
     if site.key.kind == "write":
         return _why_not_preallocated(site)
@@ -182,7 +185,10 @@ def _why_not_preallocated(site: Site) -> str | None:
     if key.allocated_here:
         return None
     if key.prefix is None:
-        if not any(statically_known_true(value(mask.node).shape[-1] == capacity) for mask in masks):
+        tensors = [mask.node for mask in masks if mask.kind != "flex"]
+        if len(tensors) < len(masks):
+            return "flex_attention reads a preallocated cache"
+        if not any(statically_known_true(value(node).shape[-1] == capacity) for node in tensors):
             return "attention reads a whole preallocated cache without a mask"
     else:
         first, count = value(key.positions), value(key.new).shape[2]
@@ -200,16 +206,25 @@ def _why_not_preallocated(site: Site) -> str | None:
 def _other_readers(write: CacheWrite, site: Site) -> list[Node]:
     """Nodes that read a preallocated cache, other than its write and the way to the site's attention."""
     assert write.past and write.operation
-    ours = _above(site.attention.output)
-    readers = [
+    products = {site.attention.output} | _above(site.attention.output)
+    position = {node: index for index, node in enumerate(write.past.graph.nodes)}
+    return [
         user
         for source in (write.past, write.operation)
         for user in source.users
-        if user is not write.operation and isinstance(value(user), torch.Tensor) and user.op != "output"
+        if user is not write.operation
+        and isinstance(value(user), torch.Tensor)
+        and user.op != "output"
+        and not (position[user] > position[write.operation] and _leads_to(user, products))
     ]
-    position = {node: index for index, node in enumerate(write.past.graph.nodes)}
-    early = [user for user in readers if position[user] < position[write.operation]]
-    return early + [user for user in readers if user not in ours and user not in early]
+
+
+def _leads_to(node: Node, products: set[Node]) -> bool:
+    """Whether `node` is one of the attention's products, or a rearrangement that only they read."""
+    if calls(node, *SDPA, *MATMUL):
+        return node in products
+    users = [user for user in node.users if isinstance(value(user), torch.Tensor)]
+    return rearranges(node) and all(_leads_to(user, products) for user in users)
 
 
 def _above(node: Node, depth: int = 12) -> set[Node]:

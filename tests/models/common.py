@@ -128,6 +128,18 @@ FAMILIES: dict[str, Family] = {
         },
         4,
     ),
+    "whisper": Family(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            **_SEQ2SEQ,
+            **{"d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4},
+            **{"decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "num_mel_bins": 8},
+            **{"max_source_positions": 60, "max_target_positions": 128, "suppress_tokens": None},
+            **{"begin_suppress_tokens": None},
+        },
+        4,
+    ),
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
@@ -163,6 +175,53 @@ FAMILIES: dict[str, Family] = {
         2,
     ),
 }
+
+for _name, _model, _config, _options, _packed in (
+    ("lfm2", "Lfm2", "Lfm2", {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3}, 2),
+    (
+        "jamba",
+        "Jamba",
+        "Jamba",
+        {
+            **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4, "expert_layer_offset": 3},
+            **{"num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4},
+        },
+        1,
+    ),
+    (
+        "qwen3_next",
+        "Qwen3Next",
+        "Qwen3Next",
+        {
+            **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2},
+            **{"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_experts": 4},
+            **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        },
+        1,
+    ),
+    (
+        "bamba",
+        "Bamba",
+        "Bamba",
+        {
+            **{"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+            **{"mamba_d_state": 8, "mamba_expand": 2},
+        },
+        1,
+    ),
+    (
+        "gemma3n",
+        "Gemma3n",
+        "Gemma3nText",
+        {
+            **{"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2},
+            **{"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+            **{"altup_num_inputs": 2, "activation_sparsity_pattern": None},
+        },
+        4,
+    ),
+):
+    FAMILIES[_name] = Family(f"{_model}ForCausalLM", f"{_config}Config", {**_DECODER, **_options}, _packed)
 
 
 @contextmanager
