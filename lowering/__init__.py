@@ -28,7 +28,7 @@ def choose(
     Raises:
         ValueError: if a provider was requested by name and cannot serve.
     """
-    refusals = []
+    refusals: list[str] = []
     for name in PROVIDERS if requested == "auto" else (requested,):
         provider = importlib.import_module(f"tqc.lowering.{name}")
         reason = provider.supported() or provider.accepts(k_fmt, v_fmt, dtype, device_type)

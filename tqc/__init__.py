@@ -1,7 +1,7 @@
 """tqc: a compressed KV cache and compressed attention for any transformer, by compilation.
 
-    model = torch.compile(model, backend="tqai")
-    model.generate(**inputs, max_new_tokens=200)
+model = torch.compile(model, backend="tqai")
+model.generate(**inputs, max_new_tokens=200)
 """
 
 from __future__ import annotations

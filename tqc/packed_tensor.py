@@ -29,7 +29,7 @@ class PackedTensor(torch.Tensor):
     A wrapper subclass: `pages`, `dense` and `state` (see `tqc.format`) are its inner tensors.
     """
 
-    storage: Storage
+    storage: Storage  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, storage: Storage, length: int) -> PackedTensor:
@@ -42,7 +42,7 @@ class PackedTensor(torch.Tensor):
         self.storage = storage
         storage.view(self)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def pages(self) -> Tensor:
@@ -85,7 +85,9 @@ class PackedTensor(torch.Tensor):
                     return
         raise NotImplementedError(f"{index} would write into a packed tensor; call .dequantize() first")
 
-    def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Tensor:
+    def repeat_interleave(  # type: ignore[override]
+        self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+    ) -> Tensor:
         if dim != 0 or not isinstance(repeats, int):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
         return _select_rows(self, torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats))
@@ -98,7 +100,7 @@ class PackedTensor(torch.Tensor):
         """Bytes held: codes, scales, centres, sinks, window and spare capacity."""
         return self.storage.nbytes
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, format={self.fmt})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
@@ -113,7 +115,9 @@ class PackedTensor(torch.Tensor):
         return min(self.shape[2], self.storage.length)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if func in (aten.index_copy_.default, aten.zero_.default) and _is_fake(args):

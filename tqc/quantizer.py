@@ -35,7 +35,7 @@ from tqc.format import (
 # Rows are coded in slices of about this many elements, so that temporaries stay small whatever the size of the cache.
 _CHUNK_ELEMENTS = 1 << 22
 # Scales tried for each vector, in steps of the scale code around the root mean square. The best of them errs 2, 10 and
-# 20 % less than the root mean square itself at 2, 3 and 4 bits; wider codes leave little to gain.
+# 20 % less than the root mean square itself at 2, 3 and 4 bits; wider codes err little as it is.
 SCALE_SEARCH = (0, -4, 4, -8, 8)
 SCALE_SEARCH_BITS = 5
 

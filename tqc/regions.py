@@ -95,7 +95,11 @@ def split(gm: GraphModule) -> tuple[list[Region], GraphModule]:
     env: dict[Node, Node] = {}
     modules = torch.nn.Module()
     regions: dict[str, Region] = {}
-    symbols = {str(value(node)): node for node in gm.graph.nodes if node.op == "placeholder" and isinstance(value(node), torch.SymInt)}
+    symbols = {
+        str(value(node)): node
+        for node in gm.graph.nodes
+        if node.op == "placeholder" and isinstance(value(node), torch.SymInt)
+    }
     for piece in _pieces(gm.graph):
         if isinstance(piece, Node):
             env[piece] = outer.node_copy(piece, env.__getitem__)
@@ -131,14 +135,17 @@ def _on_packed(node: Node) -> bool:
     """Whether `node` makes, reads, unpacks or measures packed tensors."""
     if node.target in runtime.BOUNDARY or any(is_packed(source) for source in node.all_input_nodes):
         return True
-    return node.target is operator.getitem and node.args[0].target in runtime.BOUNDARY  # type: ignore[union-attr]
+    return node.target is operator.getitem and node.args[0].target in runtime.BOUNDARY
 
 
 def _interface(region: list[Node], symbols: dict[str, Node]) -> tuple[list[Node], list[Node]]:
     """Nodes that a region reads from outside, in order of first use, and those of its own that others read."""
     members = set(region)
     inputs = dict.fromkeys(
-        source for node in region for source in node.all_input_nodes if source not in members and source.op != "get_attr"
+        source
+        for node in region
+        for source in node.all_input_nodes
+        if source not in members and source.op != "get_attr"
     )
     # A symbol that stands in some input's shape only inside an expression must come in as an input of its own.
     plain, needed = set(), {}

@@ -81,8 +81,8 @@ class Explanation:
                 table.add_row(layers, meaning[site["action"]], site["kernel"], site["keys"], site["values"], why)
             yield table
         if self.cache_bytes is not None and self.dense_bytes:
-            share = self.cache_bytes / self.dense_bytes
-            yield f"cache: {self.cache_bytes:,} bytes for {self.tokens} tokens, {share:.3f} of dense ({self.dense_bytes:,})"
+            share = f"{self.cache_bytes / self.dense_bytes:.3f} of dense ({self.dense_bytes:,})"
+            yield f"cache: {self.cache_bytes:,} bytes for {self.tokens} tokens, {share}"
         yield from self.notes
 
     def __str__(self) -> str:
@@ -114,14 +114,14 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     Args:
         options: of the backend; those that the model was compiled with if it was, else the defaults.
     """
-    from tqc.cache_io import cache_bytes
     from tqc.backend import tqai
+    from tqc.cache_io import cache_bytes
     from tqc.optimized_module import options_of, with_compiled_call
 
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     settings = {**(options if options is not None else options_of(model) or {}), "rest": "eager"}
     # A backend of its own, since dynamo would reuse what it compiled for equal options, and nothing would be seen.
-    compiled = torch.compile(inner, backend=functools.partial(tqai, options=settings))
+    compiled: Any = torch.compile(inner, backend=functools.partial(tqai, options=settings))
     cache = None
     with collect() as plans, torch.no_grad():
         if hasattr(inner, "generate"):

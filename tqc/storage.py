@@ -90,7 +90,12 @@ class Storage:
     def copy(self, length: int) -> Storage:
         """A storage of its own with the first `length` tokens."""
         copy = Storage(
-            _dynamic_pages(self.pages.clone()), self.dense.clone(), self.state.clone(), self.fmt, self.length, self.packed
+            _dynamic_pages(self.pages.clone()),
+            self.dense.clone(),
+            self.state.clone(),
+            self.fmt,
+            self.length,
+            self.packed,
         )
         copy.truncate(length)
         return copy

@@ -55,7 +55,7 @@ inline void good_mean(float* out, const float* y, int ld, uint32_t bad) {
 
 // Scales tried for each vector, in steps of the scale code around its root mean square.
 constexpr int SCALE_SEARCH[] = {0, -4, 4, -8, 8};
-constexpr int SCALE_SEARCH_BITS = 5;  // wider codes leave little to gain
+constexpr int SCALE_SEARCH_BITS = 5;  // wider codes err little as it is
 
 inline int scale_code(float scale, float base) {
   float ratio = base > 0 ? scale / base : 0.0f;
