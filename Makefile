@@ -34,7 +34,10 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/cpu/attention.py --out benchmarks/results/attention.json
+	$(BIN)/python benchmarks/cpu/generate.py
+	$(BIN)/python benchmarks/quality/peers.py
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
