@@ -164,7 +164,7 @@ def _pool() -> tuple[int, int, int]:
         try:
             library = ctypes.CDLL(str(folder / name))
             names = ("_ZN2at15get_num_threadsEv", "_ZN2at18in_parallel_regionEv", "GOMP_parallel")
-            return tuple(ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value for symbol in names)
+            return tuple(ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value for symbol in names)  # type: ignore[return-value]
         except (OSError, AttributeError):
             continue
     return 0, 0, 0

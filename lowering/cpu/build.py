@@ -161,7 +161,8 @@ def load(chosen: str) -> ModuleType:
     path = built(chosen)
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
     try:
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(MODULE, loader))
+        spec = importlib.machinery.ModuleSpec(MODULE, loader, origin=str(path))
+        module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError as error:
         raise BuildError(f"the built CPU kernels do not load: {error}") from None
