@@ -89,6 +89,8 @@ def combine_masks(graph: Graph, masks: tuple[Mask, ...], columns: Any) -> Node |
         total = total if added else _added(graph, total)
         other = other if other_added else _added(graph, other)
         total, added = insert(graph, torch.add, total, other), True
+    while value(total).dim() < 4:
+        total = insert(graph, torch.unsqueeze, total, 0)
     return total
 
 

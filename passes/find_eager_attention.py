@@ -197,8 +197,8 @@ def _match_product(node: Node, scores: Scores) -> None:
         dims = {d % 4 for d in transposed.args[1:3] if isinstance(d, int)}
         key = transposed.args[0] if dims == {2, 3} else None
     elif calls(transposed, "permute", torch.permute):
-        dims = transposed.args[1] if isinstance(transposed.args[1], (tuple, list)) else transposed.args[1:]
-        key = transposed.args[0] if tuple(d % 4 for d in dims) == (0, 1, 3, 2) else None
+        order = transposed.args[1] if isinstance(transposed.args[1], (tuple, list)) else transposed.args[1:]
+        key = transposed.args[0] if tuple(d % 4 for d in order) == (0, 1, 3, 2) else None
     elif calls(transposed, getattr) and transposed.args[1] in ("mT",):
         key = transposed.args[0]
     if key is None or value(query).dim() != 4 or value(key).dim() != 4:

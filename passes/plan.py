@@ -153,6 +153,8 @@ def _why_not_fused(site: Site) -> str | None:
     query, key = value(attention.query), value(attention.key)
     if query.dim() != 4:
         return f"the query has {query.dim()} dimensions, not 4"
+    if query.shape[0] != key.shape[0]:
+        return f"queries are of batch {query.shape[0]} and keys of batch {key.shape[0]}"
     if query.shape[1] % key.shape[1]:
         return f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key heads"
     if attention.is_causal and site.key.kind != "read":
@@ -160,6 +162,8 @@ def _why_not_fused(site: Site) -> str | None:
     if attention.is_causal:
         return "is_causal over a cache that is not written in this call"
     for mask in attention.masks:
+        if mask.kind != "flex" and statically_known_true(value(mask.node).shape[-1] == 1):
+            return "attn_mask has one column for all keys"
         if mask.kind != "flex" and value(mask.node).dtype not in (
             torch.bool,
             torch.float32,
@@ -227,9 +231,10 @@ def _leads_to(node: Node, products: set[Node]) -> bool:
     return rearranges(node) and all(_leads_to(user, products) for user in users)
 
 
-def _above(node: Node, depth: int = 12) -> set[Node]:
+def _above(node: Node, depth: int = 24) -> set[Node]:
     """Nodes that `node` was computed from, a few steps up: the way from a cache to its attention."""
-    found, edge = set(), {node}
+    found: set[Node] = set()
+    edge = {node}
     for _ in range(depth):
         edge = {source for reader in edge for source in reader.all_input_nodes} - found
         found |= edge

@@ -62,6 +62,10 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         lambda q, k, v, m: F.scaled_dot_product_attention(q, repeat(k), repeat(v), m, scale=0.1),
         (mask_bool(),),
     ),
+    "sdpa, two-dimensional mask": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True),
+        (mask_bool()[0, 0],),
+    ),
     "sdpa, repeat_interleave": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
         (),
@@ -176,6 +180,11 @@ NOT_UNDERSTOOD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = 
         lambda q, k, v: F.scaled_dot_product_attention(q, repeat(2 * k), repeat(v)),
         (),
         "computed from what the cache holds",
+    ),
+    "one column of mask": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, repeat(k), repeat(v), m),
+        (torch.zeros(2, 1, 1, 1),),
+        "one column for all keys",
     ),
     "a window of the cache": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, -20:], v[:, :, -20:], enable_gqa=True),

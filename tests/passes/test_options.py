@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from tests.models.common import FAMILIES, OPTIONS, compiled, layers, prompt, run
 from tqc.packed_tensor import PackedTensor
@@ -70,13 +70,24 @@ def test_off_is_inductor_bit_for_bit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, attn", [("llama", "sdpa"), ("gpt_oss", "eager")])
-def test_with_inductor(name: str, attn: str) -> None:
+@pytest.mark.parametrize(
+    "name, attn, static", [("llama", "sdpa", False), ("gpt_oss", "eager", False), ("llama", "sdpa", True)]
+)
+def test_with_inductor(name: str, attn: str, static: bool) -> None:
     """The rest of the graph compiled: the same logits as with it run as it is."""
     model = FAMILIES[name].build(attn)
     ids = prompt(1, 86)
+
+    def cache() -> Any:
+        if not static:
+            return DynamicCache(config=model.config)
+        preallocated = StaticCache(model.config, max_cache_len=128)
+        preallocated.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+        return preallocated
+
     with compiled(model):
-        expected = run(model, ids, DynamicCache(config=model.config))
-    with compiled(model, rest="inductor"):
-        actual = run(model, ids, DynamicCache(config=model.config))
+        expected = run(model, ids, cache())
+    with compiled(model, rest="inductor") as plans:
+        actual = run(model, ids, cache())
+    assert len(plans[-1].with_action("fuse")) == FAMILIES[name].packed
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
