@@ -50,7 +50,9 @@ def test_module_compile_fills_the_users_own_cache():
     model.compile(backend="tqai", options=EAGER)
     assert torch.equal(generate(model, past_key_values=cache), dense)
     assert all(packed(cache))
-    assert tqc.cache_bytes(cache) == sum(t.packed_nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert tqc.cache_bytes(cache) == sum(
+        t.packed_nbytes() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
 
 
 def test_torch_compile_generates_compiled_and_leaves_the_model_dense():

@@ -1,0 +1,176 @@
+"""Decode speed, compile time and memory of the embedded model: packed cache against Inductor with a dense DynamicCache.
+
+    python benchmarks/cpu/generate.py                      contexts of 256, 4,096 and 8,000 tokens, float32
+    python benchmarks/cpu/generate.py --contexts 256 --steps 16
+
+Both models are compiled, prefilled with the same tokens and stepped in turn, one token each, so that a change of the
+machine's speed meets both. Compile caches are emptied first. Rows and machine go to benchmarks/results/generate.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="tqc-bench-"))
+
+import torch
+from transformers import DynamicCache
+
+import tqc
+from tqc import regions as tqc_regions
+from tqc import runtime
+from tqc.models import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import envelope
+
+
+class Stepper:
+    """One compiled model with its own cache."""
+
+    def __init__(self, model: torch.nn.Module, **compile_options: Any) -> None:
+        self.model = copy.deepcopy(model)
+        self.model.compile(**compile_options)
+        self.graphs: list[Any] = []
+
+    def prefill(self, ids: torch.Tensor) -> float:
+        self.cache = DynamicCache(config=self.model.config)
+        begin = time.perf_counter()
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token = out.logits[:, -1:].argmax(-1)
+        return time.perf_counter() - begin
+
+    def step(self) -> float:
+        begin = time.perf_counter()
+        position = torch.tensor([[self.cache.get_seq_length()]])
+        out = self.model(input_ids=self.token, position_ids=position, past_key_values=self.cache, use_cache=True)
+        self.token = out.logits[:, -1:].argmax(-1)
+        return time.perf_counter() - begin
+
+
+def largest_temporary(step: Any) -> int:
+    """Bytes of the largest allocation during one call of `step`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
+
+
+def backend_cost_ms(stepper: Stepper) -> float:
+    """Time of a decode call outside compiled regions and kernels: guards, wrapping, calls. Median, milliseconds."""
+    graph = stepper.graphs[-1]
+    regions = {region: region.run for region in graph.regions}
+    providers = dict(runtime._providers)
+    for region, run in regions.items():
+        region.run = _first_result(run)
+    for name, kernels in providers.items():
+        stub = SimpleNamespace(append=lambda *args: None, attend=_first_result(kernels.attend))
+        runtime._providers[name] = stub  # type: ignore[assignment]
+    length = stepper.cache.get_seq_length()
+    try:
+        times = [stepper.step() for _ in range(100)][20:]
+    finally:
+        for region, run in regions.items():
+            region.run = run
+        runtime._providers.update(providers)
+    assert stepper.cache.get_seq_length() == length + 100
+    return 1e3 * statistics.median(times)
+
+
+def _first_result(function: Any) -> Any:
+    """`function`, called once and remembered."""
+    result: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        if not result:
+            result.append(function(*args))
+        return result[0]
+
+    return run
+
+
+def dense_bf16_bytes(stepper: Stepper) -> int:
+    """Bytes of the same tokens in a dense cache of bfloat16."""
+    return sum(2 * tensor.numel() for layer in stepper.cache.layers for tensor in (layer.keys, layer.values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 4096, 8000])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only-packed", action="store_true", help="leave the dense model out, to profile")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load(None, arguments.dtype)
+    import pydoc_data.topics
+
+    text = "\n".join(pydoc_data.topics.topics.values())
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    models = {"packed": Stepper(model, backend="tqai", options={"preset": arguments.preset})}
+    if not arguments.only_packed:
+        models["dense"] = Stepper(model, backend="inductor")
+    rows = []
+    split = tqc_regions.SplitGraph.__init__
+
+    def remember(graph: Any, *args: Any) -> None:
+        split(graph, *args)
+        models["packed"].graphs.append(graph)
+
+    tqc_regions.SplitGraph.__init__ = remember  # type: ignore[method-assign]
+    with torch.no_grad():
+        warm_up = {}
+        for name, stepper in models.items():
+            begin = time.perf_counter()
+            stepper.prefill(ids[:, :64])
+            first = time.perf_counter() - begin
+            for _ in range(6):
+                stepper.step()
+            warm_up[name] = {"first_token_s": first, "compile_s": time.perf_counter() - begin}
+            print(name, warm_up[name], flush=True)
+        for context in arguments.contexts:
+            row: dict[str, Any] = {"context": context}
+            for name, stepper in models.items():
+                stepper.prefill(ids[:, :context])  # a new length: dynamo makes it dynamic once
+                row[f"{name}_prefill_s"] = stepper.prefill(ids[:, :context])
+                for _ in range(3):
+                    stepper.step()
+            times: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(arguments.steps):
+                for name, stepper in models.items():
+                    times[name].append(stepper.step())
+            for name, stepper in models.items():
+                row[f"{name}_step_ms"] = 1e3 * statistics.median(times[name])
+                row[f"{name}_cache_bytes"] = tqc.cache_bytes(stepper.cache)
+            row["largest_temporary_bytes"] = largest_temporary(models["packed"].step)
+            row["dense_bf16_bytes"] = dense_bf16_bytes(models["packed"])
+            if "dense" in times:
+                row["speedup"] = row["dense_step_ms"] / row["packed_step_ms"]
+                row["memory"] = row["packed_cache_bytes"] / row["dense_cache_bytes"]
+            row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+            rows.append(row)
+            print(row, flush=True)
+        for row in rows:
+            row.update(
+                {f"{name}_{key}": round(value, 2) for name, times in warm_up.items() for key, value in times.items()}
+            )
+        rows[0]["backend_cost_ms"] = round(backend_cost_ms(models["packed"]), 3)
+    if not arguments.only_packed:
+        name = "generate" if arguments.preset == "default" else f"generate_{arguments.preset}"
+        print("written to", envelope.write(name if arguments.dtype == "float32" else f"{name}_{arguments.dtype}", rows))
+
+
+if __name__ == "__main__":
+    main()
