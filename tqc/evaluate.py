@@ -92,13 +92,13 @@ class Evaluation:
 
     def __rich__(self) -> Table:
         title = f"{self.model}, {self.dtype}: {self.tokens:,} tokens decoded, scored from {self.score_from:,} on"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", caption_justify="left")
         table.add_column("cache")
         for column in (f"bits at {BITS_LENGTH:,}", "KL mean", "median", "99 %", "same top-1", "perplexity", "passkeys"):
             table.add_column(column, justify="right")
         for row in self.rows:
             if row.reason:
-                table.add_row(row.name, row.reason)
+                table.caption = "\n".join(filter(None, [str(table.caption or ""), f"{row.name}: {row.reason}"]))
                 continue
             table.add_row(
                 row.name,
@@ -227,7 +227,11 @@ def evaluate(
     alive = [decoder for decoder in decoders if not rows[decoder.name].reason]
     # Each setting has its own few graphs of one model.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8 * (len(alive) + 1)):
-        scores = decode_in_step(dense, alive, ids, score_from, lambda line: report(f"decoding: {line}"), failed)
+        # Others apart from ours: their chunks must not end where our pages do.
+        ours, others = ([d for d in alive if d.optional == optional] for optional in (False, True))
+        scores = decode_in_step(dense, ours, ids, score_from, lambda line: report(f"decoding: {line}"), failed)
+        if others:
+            scores |= decode_in_step(dense, others, ids, score_from, lambda line: report(f"peers: {line}"), failed)
         for decoder in (dense, *alive):
             if decoder.name in failed:
                 rows[decoder.name].reason = failed[decoder.name]
@@ -275,7 +279,7 @@ def _decoders(
             if row.reason:
                 continue
             try:
-                decoders.append(Decoder(peer.name, model, partial(peer.new_cache, model)))
+                decoders.append(Decoder(peer.name, model, partial(peer.new_cache, model), optional=True))
             except Exception as error:
                 row.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return dense, decoders, rows
