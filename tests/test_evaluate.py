@@ -258,6 +258,8 @@ def test_evaluate(model, tmp_path):
 def test_evaluate_refuses_what_it_cannot_do(model):
     with pytest.raises(ValueError, match="fewer than score_from"):
         evaluate(model, Letters(), ["default"], "short")
+    with pytest.raises(ValueError, match="tokens must be at least 258"):
+        evaluate(model, Letters(), ["default"], tokens=200)
     with pytest.raises(ValueError, match="given twice"):
         evaluate(model, Letters(), ["default", "default"])
     with pytest.raises(ValueError, match="compiled already"):

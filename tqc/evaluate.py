@@ -212,6 +212,8 @@ def evaluate(
     report = on_step or (lambda line: None)
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise ValueError("model is compiled already: give it as it was loaded")
+    if tokens < score_from + 2:
+        raise ValueError(f"tokens must be at least {score_from + 2}, as scores start at {score_from}; got {tokens}")
     parsed = [parse_setting(setting) for setting in settings]
     names = [name for name, _ in parsed]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -24,13 +24,13 @@ PACKAGES = ("tqai==0.6.1", "optimum-quanto==0.2.7", "ninja", "hqq==0.2.8.post1",
 
 
 def set_up() -> Path:
-    """Make the environment if it is not there yet; its Python."""
+    """Make the environment, as far as it is not there yet; its Python."""
     python = VENV / "bin" / "python"
-    if python.exists():
-        return python
-    venv.create(VENV, with_pip=True)
-    own = next((VENV / "lib").glob("python*")) / "site-packages"
-    (own / "parent.pth").write_text("".join(f"import site; site.addsitedir({folder!r})\n" for folder in _packages()))
+    if not python.exists():
+        venv.create(VENV, with_pip=True)
+        own = next((VENV / "lib").glob("python*")) / "site-packages"
+        parents = [folder for folder in site.getsitepackages() if Path(folder).is_dir()]
+        (own / "parent.pth").write_text("".join(f"import site; site.addsitedir({folder!r})\n" for folder in parents))
     for package in PACKAGES:
         # Without dependencies: torch and the rest are those of the parent.
         command = [python, "-m", "pip", "install", "-q", "--no-deps", package]
@@ -39,10 +39,6 @@ def set_up() -> Path:
             reason = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
             print(f"{package} cannot be installed: {reason[-1]}", file=sys.stderr)
     return python
-
-
-def _packages() -> list[str]:
-    return [folder for folder in site.getsitepackages() if Path(folder).is_dir()]
 
 
 def main() -> None:
