@@ -53,11 +53,42 @@ def _is_symbolic(example: Any) -> bool:
 
 
 def _inductor(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
+    """`module` compiled. Where it neither writes nor aliases its inputs, AOTAutograd's wrapper around the compiled
+    code would do nothing for some 20 us a call, and is left out."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    fake_mode = detect_fake_mode(examples)
-    with torch.inference_mode(False), torch.no_grad(), tracing(TracingContext(fake_mode)):
-        return compile_fx(module, examples)
+    compiled: list[Any] = []
+
+    def inner_compile(gm: GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        result = compile_fx_inner(gm, inputs, **kwargs)
+        compiled.append((result, len(inputs)))
+        return result
+
+    context = TracingContext(detect_fake_mode(examples))
+    # AOTAutograd's own cache would return the wrapper without asking for the code inside; Inductor's stays on.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        tracing(context),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        function = compile_fx(module, examples, inner_compile=inner_compile)
+    if len(compiled) != 1 or not _plain(context.fw_metadata) or compiled[0][1] != len(examples):
+        return function
+    code = compiled[0][0]
+    return lambda *args: code(list(args))
+
+
+def _plain(metadata: Any) -> bool:
+    """Whether inputs and outputs of the compiled code are just those of the graph."""
+    return (
+        metadata is not None
+        and not metadata.num_mutated_inp_runtime_indices
+        and not metadata.num_outputs_aliased
+        and not metadata.num_intermediate_bases
+        and not metadata.tokens
+    )
 
 
 class SplitGraph:
