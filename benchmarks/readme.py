@@ -28,10 +28,22 @@ _QUALITY = [
     ("perplexity_increase", "increase", "+.1%"),
     ("passkeys_found", "passkeys of 5", ""),
 ]
+_GENERATE = [
+    ("context", "tokens in the cache", ",d"),
+    ("packed_step_ms", "ms a token, packed", ".1f"),
+    ("dense_step_ms", "ms a token, dense", ".1f"),
+    ("speedup", "speed over dense", ".2f"),
+    ("memory", "cache bytes over dense", ".3f"),
+    ("packed_prefill_s", "prefill s, packed", ".1f"),
+    ("dense_prefill_s", "prefill s, dense", ".1f"),
+    ("packed_compile_s", "compile s, packed", ".0f"),
+    ("dense_compile_s", "compile s, dense", ".0f"),
+]
 # Title and columns (field of a row, heading, format) of each result file, in the order of the README. Any other file
 # is shown with all its fields, behind these.
 TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
     "quality": ("Quality, SmolLM2-135M-Instruct", _QUALITY),
+    "generate": ("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
     "quality_biased_keys": ("Quality with a large bias in the keys, as Qwen2 models have", _QUALITY),
 }
 
