@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Beyond these many rows a matrix product is faster: the sum reads a weight once a row, from the caches if it fits there.
+# Beyond these many rows a matrix product is faster: the sum reads a weight once a row (from the caches if it fits).
 MAX_ROWS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 aten = torch.ops.aten
