@@ -6,6 +6,7 @@ A provider has
     supported() -> str | None                   why this machine cannot run it, or None
     accepts(k_fmt, v_fmt, dtype, device_type) -> str | None     why it cannot take these arguments, or None
     append, read, attend                        as in `tqc.ops`, same arguments, same results
+    FOLDED = True                               if these take folded formats; without it, none reaches them
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def choose(
     for name in PROVIDERS if requested == "auto" else (requested,):
         provider = importlib.import_module(f"tqc.lowering.{name}")
         reason = provider.supported() or provider.accepts(k_fmt, v_fmt, dtype, device_type)
+        if v_fmt.folded and not getattr(provider, "FOLDED", False):
+            reason = reason or "takes no folded values"
         if reason is None:
             return name, refusals
         refusals.append(f"{name}: {reason}")
