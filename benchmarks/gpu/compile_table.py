@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compiled import ARCHITECTURES, compiling, resources
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.lowering import triton as provider
+from tqc.lowering.triton import append, attention
 from tqc.lowering.triton import tuning
 
 TABLE = Path(__file__).with_name("compile_table.json")
@@ -52,7 +52,7 @@ def _new(heads: int, count: int, head_dim: int) -> Tensor:
 
 def _attend(rows: int) -> Callable[[PackedFormat, PackedFormat], None]:
     def call(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
-        provider.attend(
+        attention.attend(
             _new(HEADS * GROUP, rows, k_fmt.head_dim), *_parts(k_fmt), *_parts(v_fmt),
             _new(HEADS, rows, k_fmt.head_dim), _new(HEADS, rows, v_fmt.head_dim),
             None, None, None, k_fmt.head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec,
@@ -64,13 +64,15 @@ def _attend(rows: int) -> Callable[[PackedFormat, PackedFormat], None]:
 def _append(count: int) -> Callable[[PackedFormat, PackedFormat], None]:
     def call(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
         key, value = _new(HEADS, count, k_fmt.head_dim), _new(HEADS, count, v_fmt.head_dim)
-        provider.append_pair(*_parts(k_fmt), key, *_parts(v_fmt), value, None, k_fmt.spec, v_fmt.spec)
+        append.append_pair(*_parts(k_fmt), key, *_parts(v_fmt), value, None, k_fmt.spec, v_fmt.spec)
 
     return call
 
 
 def _read(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
-    provider.read(*_parts(k_fmt), 4096, k_fmt.spec)
+    from tqc.lowering.triton.read import read
+
+    read(*_parts(k_fmt), 4096, k_fmt.spec)
 
 
 CALLS = {"decode": _attend(1), "chunk": _attend(256), "append 1": _append(1), "append 512": _append(512), "read": _read}

@@ -65,7 +65,7 @@ def finite_mean(y, good):
 
 @triton.jit
 def _scale_code(scale, base):
-    ratio = tl.where(base > 0, scale / base, 0.0)
+    ratio = scale / tl.where(base > 0, base, 1.0)
     code = (-SCALE_STEPS * tl.log2(tl.where(ratio > 0, ratio, 1.0)) + ROUND) - ROUND
     code = tl.minimum(tl.maximum(code, 0.0), SCALE_NAN - 1.0)
     return tl.where(ratio > 0, code, SCALE_ZERO * 1.0).to(tl.int32)

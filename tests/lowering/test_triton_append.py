@@ -16,6 +16,8 @@ from tqc.lowering.triton.append import append, append_pair  # noqa: E402
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # NaNs, in the interpreter
+
 drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 
 formats = st.builds(
@@ -65,7 +67,7 @@ def assert_same(ours, theirs, fmt):
 
 
 @given(data=st.data())
-@settings(drawn, max_examples=25)
+@settings(drawn, max_examples=15)
 def test_append_stores_what_the_reference_stores(triton_device, data):
     fmt = data.draw(formats)
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -104,16 +106,16 @@ def test_pages_are_the_references_bytes(triton_device, bits):
 
 
 @given(data=st.data())
-@settings(drawn, max_examples=8)
+@settings(drawn, max_examples=5)
 def test_how_tokens_are_split_over_calls_leaves_no_trace(triton_device, data):
     fmt = data.draw(formats)
     dtype = data.draw(st.sampled_from(DTYPES))
-    cuts = sorted(data.draw(st.lists(st.integers(0, 250), min_size=1, max_size=6)))
-    tokens = torch.randn(1, 2, 250, fmt.head_dim, generator=torch.Generator().manual_seed(len(cuts))).to(dtype)
+    cuts = sorted(data.draw(st.lists(st.integers(0, 190), min_size=1, max_size=4)))
+    tokens = torch.randn(1, 2, 190, fmt.head_dim, generator=torch.Generator().manual_seed(len(cuts))).to(dtype)
     tokens = tokens.to(triton_device)
-    whole, parts = (make_store(1, 2, 250, fmt, dtype, triton_device) for _ in range(2))
+    whole, parts = (make_store(1, 2, 190, fmt, dtype, triton_device) for _ in range(2))
     append(*whole, tokens, None, str(fmt))
-    for begin, end in zip([0, *cuts], [*cuts, 250], strict=True):
+    for begin, end in zip([0, *cuts], [*cuts, 190], strict=True):
         append(*parts, tokens[:, :, begin:end], None, str(fmt))
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[2], parts[2])
