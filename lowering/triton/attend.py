@@ -103,6 +103,8 @@ def attend_kernel(
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
     K_WIDTH: tl.constexpr = triton.next_power_of_2(k_fmt.head_dim)
     V_WIDTH: tl.constexpr = triton.next_power_of_2(v_fmt.head_dim)
+    V_COLUMNS: tl.constexpr = v_fmt.columns
+    PAGES: tl.constexpr = TILE // PAGE
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     share = tl.program_id(2)
@@ -144,7 +146,7 @@ def attend_kernel(
                 k_dense + (b * heads + h) * (k_fmt.dense_rows * k_fmt.head_dim) + k_element, mask=k_exists, other=0
             )
             bias = tl.sum(q.to(tl.float32) * centre.to(tl.float32)[None, :], axis=1)
-        summed = tl.zeros((ROWS, v_fmt.columns), tl.float32)
+        summed = tl.zeros((ROWS, V_COLUMNS), tl.float32)
         last_page = (coded - 1) // PAGE
         for tile in range(tile_first, tile_end):
             token = tile * TILE + tl.arange(0, TILE)
@@ -156,10 +158,10 @@ def attend_kernel(
             levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
             scores = dot(q, levels.T) * scales[None, :]
             if k_fmt.centred:
-                index = tl.minimum(tl.arange(0, TILE // PAGE) + tile * (TILE // PAGE), last_page)
+                index = tl.minimum(tl.arange(0, PAGES) + tile * PAGES, last_page)
                 page = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
                 of_page = dot(q, centre_codes(page, k_fmt).to(q.dtype).T) * centre_unit(page)[None, :] + bias[:, None]
-                of_page = tl.broadcast_to(of_page[:, :, None], (ROWS, TILE // PAGE, PAGE))
+                of_page = tl.broadcast_to(of_page[:, :, None], (ROWS, PAGES, PAGE))
                 scores += of_page.reshape(ROWS, TILE)
             scores = scores * factor[:, None] + half_variance[:, None] * (scales * scales)[None, :]
             column = (k_fmt.sink_tokens + token).to(tl.int64)
@@ -196,8 +198,8 @@ def attend_kernel(
         each_zero = tl.cdiv(tl.cdiv(zero_end - zero_first, TILE), SHARES) * TILE
         zero_first += share * each_zero
         zero_end = tl.minimum(zero_first + each_zero, zero_end)
-        for at in range(zero_first, zero_end, TILE):
-            column = (at + tl.arange(0, TILE)).to(tl.int64)
+        for zero in range(zero_first, zero_end, TILE):
+            column = (zero + tl.arange(0, TILE)).to(tl.int64)
             valid = row_valid[:, None] & (column < zero_end)[None, :]
             if CAUSAL:
                 valid = valid & (column[None, :] <= last[:, None])
@@ -263,10 +265,10 @@ def attend_kernel(
     acc = tl.where(l > 0, 1.0 / l, tl.where(l == 0, 0.0, l))[:, None] * acc
     batch = tl.num_programs(1) // heads
     q_heads = heads * group
-    at = ((share * batch + b) * rows + i) * q_heads + q_head
+    place = ((share * batch + b) * rows + i) * q_heads + q_head
     d = tl.arange(0, V_WIDTH)
     tl.store(
-        out + at[:, None] * v_fmt.head_dim + d[None, :],
+        out + place[:, None] * v_fmt.head_dim + d[None, :],
         acc.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (d < v_fmt.head_dim)[None, :],
     )

@@ -48,6 +48,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
         R q / factor [rows, columns] in the dtype of `rotation`, factor [rows], and |q|**2 [rows].
     """
     CHUNK: tl.constexpr = 32
+    COLUMNS: tl.constexpr = fmt.columns
     element, exists = column_element(fmt)
     peak = tl.zeros((address.shape[0],), tl.float32)
     if EXACT:
@@ -58,7 +59,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
             part = tl.load(address[:, None] + d, mask=valid[:, None] & (d < fmt.head_dim), other=0).to(tl.float32)
             peak = tl.maximum(peak, tl.max(tl.abs(part), axis=1))
         peak = tl.where(peak > 0, peak, 1.0)
-    product = tl.zeros((address.shape[0], fmt.columns), tl.float32)
+    product = tl.zeros((address.shape[0], COLUMNS), tl.float32)
     energy = tl.zeros((address.shape[0],), tl.float32)
     for start in range(0, fmt.head_dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
