@@ -13,8 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tqc.lowering.triton.page import PAGE, centre_codes, centre_unit, column_element, levels_tile, token_scales
-from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, softmax_step, unrotated
+from tqc.lowering.triton.page import (
+    PAGE,
+    centre_codes,
+    centre_unit,
+    column_element,
+    level_words,
+    levels_tile,
+    page_base,
+    token_scales,
+)
+from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, settled, softmax_step, unrotated
 
 
 @triton.jit
@@ -103,6 +112,8 @@ def attend_kernel(
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
     K_WIDTH: tl.constexpr = triton.next_power_of_2(k_fmt.head_dim)
     V_WIDTH: tl.constexpr = triton.next_power_of_2(v_fmt.head_dim)
+    V_COLUMNS: tl.constexpr = v_fmt.columns
+    PAGES: tl.constexpr = TILE // PAGE
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     share = tl.program_id(2)
@@ -134,59 +145,67 @@ def attend_kernel(
     tile_end = tl.minimum(tile_first + each, tiles)
     if tile_first < tile_end:
         q, factor, energy = rotated(q_address, row_valid, k_rotation, k_fmt, EXACT)
-        factor *= scale
-        half_variance = energy * (0.5 * k_fmt.score_variance * scale * scale)
+        factor *= scale * LOG2E
+        half_variance = energy * (0.5 * k_fmt.score_variance * LOG2E * scale * scale)
         k_element, k_exists = column_element(k_fmt)
         v_element, v_exists = column_element(v_fmt)
+        k_head = k_dense + (b * heads + h) * (k_fmt.dense_rows * k_fmt.head_dim)
+        v_head = v_dense + (b * heads + h) * (v_fmt.dense_rows * v_fmt.head_dim)
         bias = tl.zeros((ROWS,), tl.float32)
         if k_fmt.centred:
-            centre = tl.load(
-                k_dense + (b * heads + h) * (k_fmt.dense_rows * k_fmt.head_dim) + k_element, mask=k_exists, other=0
-            )
-            bias = tl.sum(q.to(tl.float32) * centre.to(tl.float32)[None, :], axis=1)
-        summed = tl.zeros((ROWS, v_fmt.columns), tl.float32)
+            centre = tl.load(k_head + k_element, mask=k_exists, other=0).to(tl.float32)
+            bias = tl.sum(q.to(tl.float32) * centre[None, :], axis=1)
+        summed = tl.zeros((ROWS, V_COLUMNS), tl.float32)
+        # Sums of weights, one for each place in a tile: rows are added up once, behind the loop.
+        sums = tl.zeros((ROWS, TILE), tl.float32)
         last_page = (coded - 1) // PAGE
+        page_of = tl.arange(0, PAGES)
+        place = tl.arange(0, TILE)
+        in_page = place % PAGE
+        k_table = level_words(k_levels, k_fmt, EXACT)
+        v_table = level_words(v_levels, v_fmt, EXACT)
         for tile in range(tile_first, tile_end):
-            token = tile * TILE + tl.arange(0, TILE)
-            inside = token < coded
-            in_page = token % PAGE
-            index = tl.minimum(token // PAGE, last_page)
-            page = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
-            scales = tl.where(inside, token_scales(page, in_page), 0.0)
-            levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
+            index = tl.minimum(page_of + tile * PAGES, last_page)
+            index_of = tl.minimum(place // PAGE + tile * PAGES, last_page)
+            inside = place < coded - tile * TILE
+            pages = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
+            page = _page_address(k_pages, index_of, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
+            scales = tl.where(inside, token_scales(pages, page_base(pages)), 0.0)
+            levels = levels_tile(page, in_page, k_levels, k_table, k_fmt, EXACT)
             scores = dot(q, levels.T) * scales[None, :]
             if k_fmt.centred:
-                index = tl.minimum(tl.arange(0, TILE // PAGE) + tile * (TILE // PAGE), last_page)
-                page = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
-                of_page = dot(q, centre_codes(page, k_fmt).to(q.dtype).T) * centre_unit(page)[None, :] + bias[:, None]
-                of_page = tl.broadcast_to(of_page[:, :, None], (ROWS, TILE // PAGE, PAGE))
+                of_page = dot(q, centre_codes(pages, k_fmt).to(q.dtype).T) * centre_unit(pages)[None, :] + bias[:, None]
+                of_page = tl.broadcast_to(of_page[:, :, None], (ROWS, PAGES, PAGE))
                 scores += of_page.reshape(ROWS, TILE)
             scores = scores * factor[:, None] + half_variance[:, None] * (scales * scales)[None, :]
-            column = (k_fmt.sink_tokens + token).to(tl.int64)
-            valid = row_valid[:, None] & (inside & (column >= hidden))[None, :]
+            column = (place + (k_fmt.sink_tokens + tile * TILE)).to(tl.int64)
+            valid = inside[None, :]
+            if padding is not None:
+                valid = valid & (column >= hidden)[None, :]
             if CAUSAL == 2:
                 valid = valid & (column[None, :] <= last[:, None])
-            scores = masked(capped(scores, softcap), mask_row, column, valid, mask_step)
-            weights, before, m, l = softmax_step(scores, m, l)
+            scores = masked(capped(scores, softcap), mask_row, row_valid, column, valid, mask_step)
+            weights, before, m = softmax_step(scores, m)
+            sums = sums * before[:, None] + weights
 
-            index = tl.minimum(token // PAGE, last_page)
-            page = _page_address(v_pages, index, b, h, table, table_step, v_page_strides, BLOCK_PAGES)
-            scales = tl.where(inside, token_scales(page, in_page), 0.0)
-            levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
+            pages = _page_address(v_pages, index, b, h, table, table_step, v_page_strides, BLOCK_PAGES)
+            page = _page_address(v_pages, index_of, b, h, table, table_step, v_page_strides, BLOCK_PAGES)
+            base = page_base(pages)
             unit = 1.0
-            if not EXACT:  # the largest scale of the tile is 1, so that weights fit float16
-                peak = tl.max(scales, axis=0)
-                unit = tl.where(peak > 0, peak, 1.0)
+            if not EXACT:  # scales of at most 1, so that the weights fit float16
+                unit = tl.max(base, axis=0)
+                base *= tl.where(unit > 0, 1.0 / unit, 0.0)
+            scales = tl.where(inside, token_scales(pages, base), 0.0)
+            levels = settled(levels_tile(page, in_page, v_levels, v_table, v_fmt, EXACT))
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
-            of_tile = dot((weights * (scales / unit)[None, :]).to(levels.dtype), levels) * unit
+            of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit
             if v_fmt.centred:
                 codes = centre_codes(page, v_fmt).to(tl.float32) * centre_unit(page)[:, None]
-                centre = tl.load(
-                    v_dense + (b * heads + h) * (v_fmt.dense_rows * v_fmt.head_dim) + v_element, mask=v_exists, other=0
-                )
-                centres = tl.where(inside[:, None], codes + centre.to(tl.float32)[None, :], 0.0)
-                of_tile += dot(weights.to(query.dtype.element_ty), centres.to(query.dtype.element_ty))
+                centre = tl.load(v_head + v_element, mask=v_exists, other=0).to(tl.float32)
+                centres = tl.where(inside[:, None], codes + centre[None, :], 0.0).to(query.dtype.element_ty)
+                of_tile += dot(weights.to(query.dtype.element_ty), centres)
             summed = summed * before[:, None] + of_tile
+        l = tl.sum(sums, axis=1)
         acc = unrotated(tl.where(v_exists[None, :], summed, 0.0), v_rotation, v_fmt, V_WIDTH, EXACT)
 
     # Columns that stand for keys and values of zeros: a gap before the new tokens, and what the mask has behind them.
@@ -196,13 +215,14 @@ def attend_kernel(
         each_zero = tl.cdiv(tl.cdiv(zero_end - zero_first, TILE), SHARES) * TILE
         zero_first += share * each_zero
         zero_end = tl.minimum(zero_first + each_zero, zero_end)
-        for at in range(zero_first, zero_end, TILE):
-            column = (at + tl.arange(0, TILE)).to(tl.int64)
-            valid = row_valid[:, None] & (column < zero_end)[None, :]
+        for zero in range(zero_first, zero_end, TILE):
+            column = (zero + tl.arange(0, TILE)).to(tl.int64)
+            valid = (column < zero_end)[None, :]
             if CAUSAL:
                 valid = valid & (column[None, :] <= last[:, None])
-            scores = masked(tl.zeros((ROWS, TILE), tl.float32), mask_row, column, valid, mask_step)
-            weights, before, m, l = softmax_step(scores, m, l)
+            scores = masked(tl.zeros((ROWS, TILE), tl.float32), mask_row, row_valid, column, valid, mask_step)
+            weights, before, m = softmax_step(scores, m)
+            l = l * before + tl.sum(weights, axis=1)
             acc *= before[:, None]
 
     if share == SHARES - 1:
@@ -222,11 +242,12 @@ def attend_kernel(
             column = tl.where(slot < k_fmt.sink_tokens, slot, recent).to(tl.int64)
             inside = (column < stored) & (slot < k_fmt.sink_tokens + WINDOW)
             keys = tl.load(k_slots + slot[:, None] * k_fmt.head_dim + d_k[None, :], inside[:, None] & k_inside, other=0)
-            valid = row_valid[:, None] & (inside & (column >= hidden))[None, :]
+            valid = (inside & (column >= hidden))[None, :]
             if CAUSAL == 2:
                 valid = valid & (column[None, :] <= last[:, None])
-            scores = masked(capped(dot(q, keys.T) * scale, softcap), mask_row, column, valid, mask_step)
-            weights, before, m, l = softmax_step(scores, m, l)
+            scores = capped(dot(q, keys.T) * (scale * LOG2E), softcap)
+            weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
+            l = l * before + tl.sum(weights, axis=1)
             values = tl.load(
                 v_slots + slot[:, None] * v_fmt.head_dim + d_v[None, :], inside[:, None] & v_inside, other=0
             )
@@ -244,11 +265,12 @@ def attend_kernel(
                 address = j.to(tl.int64)[:, None]
                 keys = tl.load(keys_of + address * key_strides[2] + d_k[None, :], inside[:, None] & k_inside, other=0)
                 column = first + j
-                valid = row_valid[:, None] & (inside & (column >= hidden))[None, :]
+                valid = (inside & (column >= hidden))[None, :]
                 if CAUSAL:
                     valid = valid & (column[None, :] <= last[:, None])
-                scores = masked(capped(dot(q, keys.T) * scale, softcap), mask_row, column, valid, mask_step)
-                weights, before, m, l = softmax_step(scores, m, l)
+                scores = capped(dot(q, keys.T) * (scale * LOG2E), softcap)
+                weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
+                l = l * before + tl.sum(weights, axis=1)
                 values = tl.load(
                     values_of + address * value_strides[2] + d_v[None, :], inside[:, None] & v_inside, other=0
                 )
@@ -256,17 +278,18 @@ def attend_kernel(
 
         if sinks is not None:
             sink = tl.load(sinks + q_head, mask=row_valid, other=0).to(tl.float32) * LOG2E
-            _, before, m, l = softmax_step(sink[:, None], m, l)
+            weights, before, m = softmax_step(sink[:, None], m)
+            l = l * before + tl.sum(weights, axis=1)
             acc *= before[:, None]
 
     l = tl.where(agree, l, float("nan"))
     acc = tl.where(l > 0, 1.0 / l, tl.where(l == 0, 0.0, l))[:, None] * acc
     batch = tl.num_programs(1) // heads
     q_heads = heads * group
-    at = ((share * batch + b) * rows + i) * q_heads + q_head
+    target = ((share * batch + b) * rows + i) * q_heads + q_head
     d = tl.arange(0, V_WIDTH)
     tl.store(
-        out + at[:, None] * v_fmt.head_dim + d[None, :],
+        out + target[:, None] * v_fmt.head_dim + d[None, :],
         acc.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (d < v_fmt.head_dim)[None, :],
     )

@@ -160,6 +160,18 @@ def interleave(a, b):
 
 
 @triton.jit
+def _bytes(words):
+    """The four bytes of each word, [n, m] to [n, 4 m], with other bits above them."""
+    return interleave(interleave(words, words >> 16), interleave(words >> 8, words >> 24))
+
+
+@triton.jit
+def _halves(words):
+    """The two float16 numbers of each word, [n, m] to [n, 2 m]."""
+    return interleave(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def _plane(page, row, fmt: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
     """Words of a plane's rows, int32 [tokens, words]: the PART-th piece of as many bytes as the narrowest plane has."""
     WORDS: tl.constexpr = fmt.row_words
@@ -193,48 +205,67 @@ def _nibbles(page, row, fmt: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _word(like, VALUE: tl.constexpr):
-    return tl.full(like.shape, VALUE, tl.int32)
+def _word(like, value):
+    return tl.full(like.shape, value, tl.int32)
 
 
 @triton.jit
-def _look_up(nibbles, fmt: tl.constexpr):
+def level_words(levels, fmt: tl.constexpr, EXACT: tl.constexpr):
+    """Table of levels in registers, for `levels_tile`: eight words, or what it does not read."""
+    if EXACT or fmt.bits > PERMUTED_BITS:
+        return (0, 0, 0, 0, 0, 0, 0, 0)
+    else:  # loaded: constants in code would be moved to registers again at each use
+        table = levels.to(tl.pointer_type(tl.int32))
+        return (
+            tl.load(table),
+            tl.load(table + 1),
+            tl.load(table + 2),
+            tl.load(table + 3),
+            tl.load(table + 4),
+            tl.load(table + 5),
+            tl.load(table + 6),
+            tl.load(table + 7),
+        )
+
+
+@triton.jit
+def _look_up(nibbles, table, fmt: tl.constexpr):
     """Float16 levels of the four codes in the low half of `nibbles`, as pairs: of nibbles 0 and 2, and of 1 and 3."""
-    TABLE: tl.constexpr = fmt.level_table
-    index = nibbles & 0x7777
-    low = prmt(_word(nibbles, TABLE[0]), _word(nibbles, TABLE[1]), index)
-    high = prmt(_word(nibbles, TABLE[4]), _word(nibbles, TABLE[5]), index)
+    index = nibbles
+    if fmt.bits == 4:
+        index = nibbles & 0x7777
+    low = prmt(_word(nibbles, table[0]), _word(nibbles, table[1]), index)
+    high = prmt(_word(nibbles, table[4]), _word(nibbles, table[5]), index)
     if fmt.bits == 4:
         # Bit 3 chooses between the halves of the table, byte by byte.
         half = ((nibbles >> 1) & 0x4444) | 0x3210
-        low = prmt(low, prmt(_word(nibbles, TABLE[2]), _word(nibbles, TABLE[3]), index), half)
-        high = prmt(high, prmt(_word(nibbles, TABLE[6]), _word(nibbles, TABLE[7]), index), half)
+        low = prmt(low, prmt(_word(nibbles, table[2]), _word(nibbles, table[3]), index), half)
+        high = prmt(high, prmt(_word(nibbles, table[6]), _word(nibbles, table[7]), index), half)
     return prmt(low, high, _word(nibbles, 0x6240)), prmt(low, high, _word(nibbles, 0x7351))
 
 
 @triton.jit
-def _level_pairs(page, row, fmt: tl.constexpr, S: tl.constexpr):
+def _level_pairs(page, row, table, fmt: tl.constexpr, S: tl.constexpr):
     """Pairs of float16 levels, int32 [tokens, 2 words]: those of field S and those of field S + fields / 2."""
     nibbles = _nibbles(page, row, fmt, S)
-    first_low, second_low = _look_up(nibbles, fmt)
-    first_high, second_high = _look_up(nibbles >> 16, fmt)
+    first_low, second_low = _look_up(nibbles, table, fmt)
+    first_high, second_high = _look_up(nibbles >> 16, table, fmt)
     return interleave(first_low, first_high), interleave(second_low, second_high)
 
 
 @triton.jit
-def _permuted_tile(page, row, fmt: tl.constexpr):
-    a, b = _level_pairs(page, row, fmt, 0)
+def _permuted_tile(page, row, table, fmt: tl.constexpr):
+    a, b = _level_pairs(page, row, table, fmt, 0)
     if fmt.bits != 4:
-        a1, b1 = _level_pairs(page, row, fmt, 1)
+        a1, b1 = _level_pairs(page, row, table, fmt, 1)
         a = beside(a, a1)
         b = beside(b, b1)
     if fmt.bits % 2 == 1:
-        a2, b2 = _level_pairs(page, row, fmt, 2)
-        a3, b3 = _level_pairs(page, row, fmt, 3)
+        a2, b2 = _level_pairs(page, row, table, fmt, 2)
+        a3, b3 = _level_pairs(page, row, table, fmt, 3)
         a = beside(a, beside(a2, a3))
         b = beside(b, beside(b2, b3))
-    words = beside(a, b)
-    return interleave(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+    return _halves(beside(a, b))
 
 
 @triton.jit
@@ -267,26 +298,25 @@ def codes_tile(page, row, fmt: tl.constexpr):
         seventh = _field_codes(page, row, fmt, 6)
         upper = beside(seventh, _field_codes(page, row, fmt, 7))
         words = beside(words, beside(beside(fifth, _field_codes(page, row, fmt, 5)), upper))
-    even = interleave(words & 255, (words >> 16) & 255)
-    odd = interleave((words >> 8) & 255, (words >> 24) & 255)
-    return interleave(even, odd)
+    return _bytes(words) & 255
 
 
 @triton.jit
-def levels_tile(page, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
+def levels_tile(page, row, levels, table, fmt: tl.constexpr, EXACT: tl.constexpr):
     """Levels of a tile's codes, [tokens, columns], not yet times their tokens' scales; columns without an element hold
     anything finite.
 
     Args:
         page: pointers to the page of each token, uint8 [tokens].
         row: place of each token in its page, [tokens].
-        levels: pointer to the format's levels, float32, which EXACT alone reads.
+        levels: pointer to the format's levels, float32, with EXACT; else to `TileFormat.level_table`.
+        table: `level_words` of it.
         EXACT: float32 levels from memory, else float16 ones.
     """
     if EXACT:
         return tl.load(levels + codes_tile(page, row, fmt))
     elif fmt.bits <= PERMUTED_BITS:
-        return _permuted_tile(page, row, fmt)
+        return _permuted_tile(page, row, table, fmt)
     else:
         COEFFICIENTS: tl.constexpr = fmt.level_table
         # The code is the last bits of a float32 that starts at 2**23: cheaper than a conversion.
@@ -300,23 +330,43 @@ def levels_tile(page, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def token_scales(page, row):
-    """Scale of each token of a tile, float32 [tokens]."""
-    code = tl.load(page + _SCALES_OFFSET + row).to(tl.int32)
-    base = tl.load(page.to(tl.pointer_type(tl.float32)))
-    factor = tl.exp2(code.to(tl.float32) * (-1.0 / _SCALE_STEPS))
+def token_scales(page, base):
+    """Scale of each token of whole pages, float32 [32 n].
+
+    Args:
+        page: pointers to the pages, uint8 [n].
+        base: their largest scales, float32 [n].
+    """
+    words = page.to(tl.pointer_type(tl.int32))[:, None] + (tl.arange(0, PAGE // 4) + _SCALES_OFFSET // 4)[None, :]
+    code = (_bytes(tl.load(words)) & 255).to(tl.float32)
+    factor = tl.exp2(code * (-1.0 / _SCALE_STEPS))
     factor = tl.where(code == _SCALE_ZERO, 0.0, tl.where(code == _SCALE_NAN, float("nan"), factor))
-    return base * factor
+    return (factor * base[:, None]).reshape(page.shape[0] * PAGE)
+
+
+@triton.jit
+def page_base(page):
+    """Largest scale of each page, float32 [n]. `page`: pointers [n]."""
+    return tl.load(page.to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
 def centre_codes(page, fmt: tl.constexpr):
-    """The page's centre in its unit, int32 [n, columns], zeros where a column holds no element. `page`: pointers [n]."""
-    element, valid = column_element(fmt)
+    """The page's centre in its unit, float16 [n, columns], zeros where a column holds no element. `page`: pointers [n]."""
     HALF: tl.constexpr = fmt.head_dim // 2
-    byte = tl.load(page[:, None] + (fmt.centre_offset + element % HALF)[None, :]).to(tl.int32)
-    nibble = (byte >> (element // HALF * 4)[None, :]) & 15
-    return tl.where(valid[None, :], nibble - _CENTRE_ZERO, 0)
+    if fmt.columns == fmt.head_dim:  # columns are in the natural order
+        word = tl.arange(0, HALF // 4)[None, :]
+        words = tl.load((page + fmt.centre_offset).to(tl.pointer_type(tl.int32))[:, None] + word)
+        nibbles = beside(words, words >> 4) & 0x0F0F0F0F
+        # Bytes between those of 1024.0: no conversion from integers.
+        k = _word(nibbles, 0x64646464)
+        pairs = interleave(prmt(nibbles, k, _word(nibbles, 0x4140)), prmt(nibbles, k, _word(nibbles, 0x4342)))
+        return _halves(pairs) - (1024 + _CENTRE_ZERO)
+    else:
+        element, valid = column_element(fmt)
+        byte = tl.load(page[:, None] + (fmt.centre_offset + element % HALF)[None, :]).to(tl.int32)
+        nibble = (byte >> (element // HALF * 4)[None, :]) & 15
+        return tl.where(valid[None, :], nibble - _CENTRE_ZERO, 0).to(tl.float16)
 
 
 @triton.jit

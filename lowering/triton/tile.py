@@ -26,6 +26,15 @@ def dot(a, b):
 
 
 @triton.jit
+def settled(x):
+    """`x` itself, which keeps the compiler from choosing the layout of a product by how its operand came about."""
+    if INTERPRET or x.dtype != tl.float16:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
 def normalized(x, EXACT: tl.constexpr):
     """`x` [rows, n] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
     if EXACT:
@@ -48,6 +57,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
         R q / factor [rows, columns] in the dtype of `rotation`, factor [rows], and |q|**2 [rows].
     """
     CHUNK: tl.constexpr = 32
+    COLUMNS: tl.constexpr = fmt.columns
     element, exists = column_element(fmt)
     peak = tl.zeros((address.shape[0],), tl.float32)
     if EXACT:
@@ -58,7 +68,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
             part = tl.load(address[:, None] + d, mask=valid[:, None] & (d < fmt.head_dim), other=0).to(tl.float32)
             peak = tl.maximum(peak, tl.max(tl.abs(part), axis=1))
         peak = tl.where(peak > 0, peak, 1.0)
-    product = tl.zeros((address.shape[0], fmt.columns), tl.float32)
+    product = tl.zeros((address.shape[0], COLUMNS), tl.float32)
     energy = tl.zeros((address.shape[0],), tl.float32)
     for start in range(0, fmt.head_dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -109,35 +119,35 @@ def unrotated(acc, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.c
 
 @triton.jit
 def capped(scores, softcap: tl.constexpr):
-    """softcap * tanh(scores / softcap), or `scores` where `softcap` is 0."""
+    """softcap * tanh(scores / softcap), scores in units of log2; `scores` where `softcap` is 0."""
     if softcap != 0.0:
-        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap))))
+        scores = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / softcap))))
     return scores
 
 
 @triton.jit
-def masked(scores, mask, column, valid, step):
-    """Final scores in units of log2: `scores` and the mask's, -inf where not `valid`.
+def masked(scores, mask, row_valid, column, valid, step):
+    """Scores with the mask's added, -inf where not `valid` or masked.
 
     Args:
+        scores: in units of log2, [rows, n].
         mask: pointers to each row's first column of the mask (uint8 for a bool one), [rows], or None.
+        row_valid: which rows have a mask, [rows].
         column: of each score, int64 [n]; step: the mask's stride along columns.
         valid: [rows or 1, n].
     """
     if mask is not None:
-        loaded = tl.load(mask[:, None] + column[None, :] * step, mask=valid, other=0)
+        loaded = tl.load(mask[:, None] + column[None, :] * step, mask=row_valid[:, None] & valid, other=0)
         if loaded.dtype == tl.uint8:
             valid = valid & (loaded != 0)
         else:
-            scores += loaded.to(tl.float32)
-    return tl.where(valid, scores * LOG2E, float("-inf"))
+            scores += loaded.to(tl.float32) * LOG2E
+    return tl.where(valid, scores, float("-inf"))
 
 
 @triton.jit
-def softmax_step(scores, m, l):
-    """Weights of a tile, the factor of what was summed before, and the new maximum and sum."""
+def softmax_step(scores, m):
+    """Weights of a tile, the factor of what was summed before, and the new maximum."""
     top = tl.maximum(m, tl.max(scores, axis=1))
     origin = tl.where(top == float("-inf"), 0.0, top)
-    before = tl.exp2(m - origin)
-    weights = tl.exp2(scores - origin[:, None])
-    return weights, before, top, l * before + tl.sum(weights, axis=1)
+    return tl.exp2(scores - origin[:, None]), tl.exp2(m - origin), top
