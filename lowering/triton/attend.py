@@ -18,12 +18,11 @@ from tqc.lowering.triton.page import (
     centre_codes,
     centre_unit,
     column_element,
-    level_words,
     levels_tile,
     page_base,
     token_scales,
 )
-from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, settled, softmax_step, unrotated
+from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, softmax_step, unrotated
 
 
 @triton.jit
@@ -162,8 +161,6 @@ def attend_kernel(
         page_of = tl.arange(0, PAGES)
         place = tl.arange(0, TILE)
         in_page = place % PAGE
-        k_table = level_words(k_levels, k_fmt, EXACT)
-        v_table = level_words(v_levels, v_fmt, EXACT)
         for tile in range(tile_first, tile_end):
             index = tl.minimum(page_of + tile * PAGES, last_page)
             index_of = tl.minimum(place // PAGE + tile * PAGES, last_page)
@@ -171,7 +168,7 @@ def attend_kernel(
             pages = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
             page = _page_address(k_pages, index_of, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
             scales = tl.where(inside, token_scales(pages, page_base(pages)), 0.0)
-            levels = levels_tile(page, in_page, k_levels, k_table, k_fmt, EXACT)
+            levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
             scores = dot(q, levels.T) * scales[None, :]
             if k_fmt.centred:
                 of_page = dot(q, centre_codes(pages, k_fmt).to(q.dtype).T) * centre_unit(pages)[None, :] + bias[:, None]
@@ -196,7 +193,7 @@ def attend_kernel(
                 unit = tl.max(base, axis=0)
                 base *= tl.where(unit > 0, 1.0 / unit, 0.0)
             scales = tl.where(inside, token_scales(pages, base), 0.0)
-            levels = settled(levels_tile(page, in_page, v_levels, v_table, v_fmt, EXACT))
+            levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
             of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit
             if v_fmt.centred:
