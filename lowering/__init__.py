@@ -6,6 +6,11 @@ A provider has
     supported() -> str | None                   why this machine cannot run it, or None
     accepts(k_fmt, v_fmt, dtype, device_type) -> str | None     why it cannot take these arguments, or None
     append, read, attend                        as in `tqc.ops`, same arguments, same results
+
+and may have
+
+    append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start, k_spec, v_spec)
+                                                append of keys and values in one launch
 """
 
 from __future__ import annotations
