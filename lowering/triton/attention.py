@@ -175,8 +175,8 @@ def _attend(
         mask=mask,
         mask_strides=mask_strides,
         sinks=sinks,
-        k_rotation=_rotation(k_fmt, device, exact),
-        v_rotation=_rotation(v_fmt, device, exact),
+        k_rotation=rotation(k_fmt, device, exact),
+        v_rotation=rotation(v_fmt, device, exact),
         k_levels=k_fmt.levels(device),
         v_levels=v_fmt.levels(device),
         out=parts,
@@ -220,6 +220,6 @@ def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
 
 
 @cache
-def _rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
+def rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
     """sqrt(head_dim) R: all signs for a Hadamard matrix of a power of two, so that float16 holds it exactly."""
     return (fmt.rotation_matrix(device) * fmt.head_dim**0.5).to(torch.float32 if exact else torch.float16)

@@ -122,7 +122,7 @@ def column_element(fmt: tl.constexpr):
 
 @triton.jit
 def prmt(a, b, selector):
-    """PTX `prmt.b32` for selectors below 8: each nibble of the low half of `selector` picks a byte of a (0 to 3) or b."""
+    """PTX `prmt.b32`: each nibble of the low half of `selector`, 0 to 7, picks a byte of a (0 to 3) or b."""
     if INTERPRET:
         result = a & 0
         for i in tl.static_range(4):
@@ -333,7 +333,7 @@ def page_base(page):
 
 @triton.jit
 def centre_codes(page, fmt: tl.constexpr):
-    """The page's centre in its unit, float16 [n, columns], zeros where a column holds no element. `page`: pointers [n]."""
+    """Pages' centres in their units, float16 [n, columns], zeros in columns without an element. `page`: pointers."""
     HALF: tl.constexpr = fmt.head_dim // 2
     if fmt.columns == fmt.head_dim:  # columns are in the natural order
         word = tl.arange(0, HALF // 4)[None, :]
