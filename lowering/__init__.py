@@ -22,7 +22,7 @@ import torch
 from tqc.format import PackedFormat
 
 # Best first; the reference takes everything.
-PROVIDERS = ("cpu", "reference")
+PROVIDERS = ("triton", "cpu", "reference")
 
 
 def choose(

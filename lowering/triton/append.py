@@ -21,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tqc.format import PackedFormat
-from tqc.lowering.triton.encode import PAGE_TOKENS, all_finite, decode_elements, encode_page, finite_mean, rotation, search_factors
+from tqc.lowering.triton.encode import (
+    PAGE_TOKENS,
+    all_finite,
+    decode_elements,
+    encode_page,
+    finite_mean,
+    rotation,
+    search_factors,
+)
 
 # While a launch runs, state[1] counts, in units of this, the programs that are done. The last one writes the
 # new state: no other program can still want the old one.

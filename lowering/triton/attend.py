@@ -18,12 +18,11 @@ from tqc.lowering.triton.page import (
     centre_codes,
     centre_unit,
     column_element,
-    level_words,
     levels_tile,
     page_base,
     token_scales,
 )
-from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, settled, softmax_step, unrotated
+from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, softmax_step, unrotated
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def attend_kernel(
         padding: int32 [batch], columns at the left that nothing attends to, or None.
         CAUSAL: 0 without; 1 where each query sees all stored tokens; 2 where new tokens are fewer than queries.
         new, columns: how many new tokens there are, and columns of the mask (0 without one).
-        out: with one share [batch, rows, query_heads, v head_dim]; else float32 [SHARES, batch, rows, query_heads, ...].
+        out: with one share [batch, rows, query_heads, head_dim]; else float32, [SHARES, ...] of that.
         lse: float32 [batch, query_heads, rows]; with several shares [SHARES, batch, query_heads, rows], in log2.
     """
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
@@ -134,7 +133,7 @@ def attend_kernel(
         hidden = tl.load(padding + b)
     last = first + i + (new - rows)  # the last column that a causal row sees
     m = tl.full((ROWS,), float("-inf"), tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, V_WIDTH), tl.float32)
 
     # The packed tokens.
@@ -162,8 +161,6 @@ def attend_kernel(
         page_of = tl.arange(0, PAGES)
         place = tl.arange(0, TILE)
         in_page = place % PAGE
-        k_table = level_words(k_levels, k_fmt, EXACT)
-        v_table = level_words(v_levels, v_fmt, EXACT)
         for tile in range(tile_first, tile_end):
             index = tl.minimum(page_of + tile * PAGES, last_page)
             index_of = tl.minimum(place // PAGE + tile * PAGES, last_page)
@@ -171,7 +168,7 @@ def attend_kernel(
             pages = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
             page = _page_address(k_pages, index_of, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
             scales = tl.where(inside, token_scales(pages, page_base(pages)), 0.0)
-            levels = levels_tile(page, in_page, k_levels, k_table, k_fmt, EXACT)
+            levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
             scores = dot(q, levels.T) * scales[None, :]
             if k_fmt.centred:
                 of_page = dot(q, centre_codes(pages, k_fmt).to(q.dtype).T) * centre_unit(pages)[None, :] + bias[:, None]
@@ -196,7 +193,7 @@ def attend_kernel(
                 unit = tl.max(base, axis=0)
                 base *= tl.where(unit > 0, 1.0 / unit, 0.0)
             scales = tl.where(inside, token_scales(pages, base), 0.0)
-            levels = settled(levels_tile(page, in_page, v_levels, v_table, v_fmt, EXACT))
+            levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
             of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit
             if v_fmt.centred:
@@ -205,7 +202,7 @@ def attend_kernel(
                 centres = tl.where(inside[:, None], codes + centre[None, :], 0.0).to(query.dtype.element_ty)
                 of_tile += dot(weights.to(query.dtype.element_ty), centres)
             summed = summed * before[:, None] + of_tile
-        l = tl.sum(sums, axis=1)
+        total = tl.sum(sums, axis=1)
         acc = unrotated(tl.where(v_exists[None, :], summed, 0.0), v_rotation, v_fmt, V_WIDTH, EXACT)
 
     # Columns that stand for keys and values of zeros: a gap before the new tokens, and what the mask has behind them.
@@ -222,7 +219,7 @@ def attend_kernel(
                 valid = valid & (column[None, :] <= last[:, None])
             scores = masked(tl.zeros((ROWS, TILE), tl.float32), mask_row, row_valid, column, valid, mask_step)
             weights, before, m = softmax_step(scores, m)
-            l = l * before + tl.sum(weights, axis=1)
+            total = total * before + tl.sum(weights, axis=1)
             acc *= before[:, None]
 
     if share == SHARES - 1:
@@ -247,7 +244,7 @@ def attend_kernel(
                 valid = valid & (column[None, :] <= last[:, None])
             scores = capped(dot(q, keys.T) * (scale * LOG2E), softcap)
             weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
-            l = l * before + tl.sum(weights, axis=1)
+            total = total * before + tl.sum(weights, axis=1)
             values = tl.load(
                 v_slots + slot[:, None] * v_fmt.head_dim + d_v[None, :], inside[:, None] & v_inside, other=0
             )
@@ -270,7 +267,7 @@ def attend_kernel(
                     valid = valid & (column[None, :] <= last[:, None])
                 scores = capped(dot(q, keys.T) * (scale * LOG2E), softcap)
                 weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
-                l = l * before + tl.sum(weights, axis=1)
+                total = total * before + tl.sum(weights, axis=1)
                 values = tl.load(
                     values_of + address * value_strides[2] + d_v[None, :], inside[:, None] & v_inside, other=0
                 )
@@ -279,11 +276,11 @@ def attend_kernel(
         if sinks is not None:
             sink = tl.load(sinks + q_head, mask=row_valid, other=0).to(tl.float32) * LOG2E
             weights, before, m = softmax_step(sink[:, None], m)
-            l = l * before + tl.sum(weights, axis=1)
+            total = total * before + tl.sum(weights, axis=1)
             acc *= before[:, None]
 
-    l = tl.where(agree, l, float("nan"))
-    acc = tl.where(l > 0, 1.0 / l, tl.where(l == 0, 0.0, l))[:, None] * acc
+    total = tl.where(agree, total, float("nan"))
+    acc = tl.where(total > 0, 1.0 / total, tl.where(total == 0, 0.0, total))[:, None] * acc
     batch = tl.num_programs(1) // heads
     q_heads = heads * group
     target = ((share * batch + b) * rows + i) * q_heads + q_head
@@ -293,10 +290,12 @@ def attend_kernel(
         acc.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (d < v_fmt.head_dim)[None, :],
     )
-    log = m + tl.log2(l)
+    log = m + tl.log2(total)
     if SHARES == 1:
         log /= LOG2E
-    tl.store(lse + ((share * batch + b) * q_heads + q_head) * rows + i, tl.where(l == 0, float("-inf"), log), row_valid)
+    tl.store(
+        lse + ((share * batch + b) * q_heads + q_head) * rows + i, tl.where(total == 0, float("-inf"), log), row_valid
+    )
 
 
 @triton.jit

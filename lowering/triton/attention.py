@@ -175,10 +175,10 @@ def _attend(
         mask=mask,
         mask_strides=mask_strides,
         sinks=sinks,
-        k_rotation=_rotation(k_fmt, device, exact),
-        v_rotation=_rotation(v_fmt, device, exact),
-        k_levels=_levels(k_fmt, device, exact),
-        v_levels=_levels(v_fmt, device, exact),
+        k_rotation=rotation(k_fmt, device, exact),
+        v_rotation=rotation(v_fmt, device, exact),
+        k_levels=k_fmt.levels(device),
+        v_levels=v_fmt.levels(device),
         out=parts,
         lse=part_lse,
         scale=scale,
@@ -220,11 +220,6 @@ def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
 
 
 @cache
-def _rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
+def rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
     """sqrt(head_dim) R: all signs for a Hadamard matrix of a power of two, so that float16 holds it exactly."""
     return (fmt.rotation_matrix(device) * fmt.head_dim**0.5).to(torch.float32 if exact else torch.float16)
-
-
-@cache
-def _levels(fmt: TileFormat, device: torch.device, exact: bool) -> Tensor:
-    return fmt.levels(device) if exact else torch.tensor(fmt.level_table[:8], dtype=torch.int32, device=device)

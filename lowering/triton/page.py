@@ -122,7 +122,7 @@ def column_element(fmt: tl.constexpr):
 
 @triton.jit
 def prmt(a, b, selector):
-    """PTX `prmt.b32` for selectors below 8: each nibble of the low half of `selector` picks a byte of a (0 to 3) or b."""
+    """PTX `prmt.b32`: each nibble of the low half of `selector`, 0 to 7, picks a byte of a (0 to 3) or b."""
     if INTERPRET:
         result = a & 0
         for i in tl.static_range(4):
@@ -205,64 +205,46 @@ def _nibbles(page, row, fmt: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _word(like, value):
-    return tl.full(like.shape, value, tl.int32)
+def _word(like, VALUE: tl.constexpr):
+    return tl.full(like.shape, VALUE, tl.int32)
 
 
 @triton.jit
-def level_words(levels, fmt: tl.constexpr, EXACT: tl.constexpr):
-    """Table of levels in registers, for `levels_tile`: eight words, or what it does not read."""
-    if EXACT or fmt.bits > PERMUTED_BITS:
-        return (0, 0, 0, 0, 0, 0, 0, 0)
-    else:  # loaded: constants in code would be moved to registers again at each use
-        table = levels.to(tl.pointer_type(tl.int32))
-        return (
-            tl.load(table),
-            tl.load(table + 1),
-            tl.load(table + 2),
-            tl.load(table + 3),
-            tl.load(table + 4),
-            tl.load(table + 5),
-            tl.load(table + 6),
-            tl.load(table + 7),
-        )
-
-
-@triton.jit
-def _look_up(nibbles, table, fmt: tl.constexpr):
+def _look_up(nibbles, fmt: tl.constexpr):
     """Float16 levels of the four codes in the low half of `nibbles`, as pairs: of nibbles 0 and 2, and of 1 and 3."""
+    TABLE: tl.constexpr = fmt.level_table
     index = nibbles
     if fmt.bits == 4:
         index = nibbles & 0x7777
-    low = prmt(_word(nibbles, table[0]), _word(nibbles, table[1]), index)
-    high = prmt(_word(nibbles, table[4]), _word(nibbles, table[5]), index)
+    low = prmt(_word(nibbles, TABLE[0]), _word(nibbles, TABLE[1]), index)
+    high = prmt(_word(nibbles, TABLE[4]), _word(nibbles, TABLE[5]), index)
     if fmt.bits == 4:
         # Bit 3 chooses between the halves of the table, byte by byte.
         half = ((nibbles >> 1) & 0x4444) | 0x3210
-        low = prmt(low, prmt(_word(nibbles, table[2]), _word(nibbles, table[3]), index), half)
-        high = prmt(high, prmt(_word(nibbles, table[6]), _word(nibbles, table[7]), index), half)
+        low = prmt(low, prmt(_word(nibbles, TABLE[2]), _word(nibbles, TABLE[3]), index), half)
+        high = prmt(high, prmt(_word(nibbles, TABLE[6]), _word(nibbles, TABLE[7]), index), half)
     return prmt(low, high, _word(nibbles, 0x6240)), prmt(low, high, _word(nibbles, 0x7351))
 
 
 @triton.jit
-def _level_pairs(page, row, table, fmt: tl.constexpr, S: tl.constexpr):
+def _level_pairs(page, row, fmt: tl.constexpr, S: tl.constexpr):
     """Pairs of float16 levels, int32 [tokens, 2 words]: those of field S and those of field S + fields / 2."""
     nibbles = _nibbles(page, row, fmt, S)
-    first_low, second_low = _look_up(nibbles, table, fmt)
-    first_high, second_high = _look_up(nibbles >> 16, table, fmt)
+    first_low, second_low = _look_up(nibbles, fmt)
+    first_high, second_high = _look_up(nibbles >> 16, fmt)
     return interleave(first_low, first_high), interleave(second_low, second_high)
 
 
 @triton.jit
-def _permuted_tile(page, row, table, fmt: tl.constexpr):
-    a, b = _level_pairs(page, row, table, fmt, 0)
+def _permuted_tile(page, row, fmt: tl.constexpr):
+    a, b = _level_pairs(page, row, fmt, 0)
     if fmt.bits != 4:
-        a1, b1 = _level_pairs(page, row, table, fmt, 1)
+        a1, b1 = _level_pairs(page, row, fmt, 1)
         a = beside(a, a1)
         b = beside(b, b1)
     if fmt.bits % 2 == 1:
-        a2, b2 = _level_pairs(page, row, table, fmt, 2)
-        a3, b3 = _level_pairs(page, row, table, fmt, 3)
+        a2, b2 = _level_pairs(page, row, fmt, 2)
+        a3, b3 = _level_pairs(page, row, fmt, 3)
         a = beside(a, beside(a2, a3))
         b = beside(b, beside(b2, b3))
     return _halves(beside(a, b))
@@ -302,21 +284,20 @@ def codes_tile(page, row, fmt: tl.constexpr):
 
 
 @triton.jit
-def levels_tile(page, row, levels, table, fmt: tl.constexpr, EXACT: tl.constexpr):
+def levels_tile(page, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
     """Levels of a tile's codes, [tokens, columns], not yet times their tokens' scales; columns without an element hold
     anything finite.
 
     Args:
         page: pointers to the page of each token, uint8 [tokens].
         row: place of each token in its page, [tokens].
-        levels: pointer to the format's levels, float32, with EXACT; else to `TileFormat.level_table`.
-        table: `level_words` of it.
+        levels: pointer to the format's levels, float32, which EXACT alone reads.
         EXACT: float32 levels from memory, else float16 ones.
     """
     if EXACT:
         return tl.load(levels + codes_tile(page, row, fmt))
     elif fmt.bits <= PERMUTED_BITS:
-        return _permuted_tile(page, row, table, fmt)
+        return _permuted_tile(page, row, fmt)
     else:
         COEFFICIENTS: tl.constexpr = fmt.level_table
         # The code is the last bits of a float32 that starts at 2**23: cheaper than a conversion.
@@ -352,7 +333,7 @@ def page_base(page):
 
 @triton.jit
 def centre_codes(page, fmt: tl.constexpr):
-    """The page's centre in its unit, float16 [n, columns], zeros where a column holds no element. `page`: pointers [n]."""
+    """Pages' centres in their units, float16 [n, columns], zeros in columns without an element. `page`: pointers."""
     HALF: tl.constexpr = fmt.head_dim // 2
     if fmt.columns == fmt.head_dim:  # columns are in the natural order
         word = tl.arange(0, HALF // 4)[None, :]

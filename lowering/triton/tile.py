@@ -26,15 +26,6 @@ def dot(a, b):
 
 
 @triton.jit
-def settled(x):
-    """`x` itself, which keeps the compiler from choosing the layout of a product by how its operand came about."""
-    if INTERPRET or x.dtype != tl.float16:
-        return x
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
-
-
-@triton.jit
 def normalized(x, EXACT: tl.constexpr):
     """`x` [rows, n] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
     if EXACT:

@@ -61,7 +61,7 @@ def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact
         tile=(32 if width > 128 else 64) if exact or kind == "prefill" or width > 128 else 128,
         rows=block,
         num_warps=8 if block == 128 or width > 128 else 4,
-        num_stages=2,
+        num_stages=3,
     )
     key = f"{kind} d{k_fmt.head_dim} k{k_fmt.bits}v{v_fmt.bits}"
     tuned = {} if exact else _table().get(arch, {}).get(key, {})
