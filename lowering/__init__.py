@@ -6,7 +6,12 @@ A provider has
     supported() -> str | None                   why this machine cannot run it, or None
     accepts(k_fmt, v_fmt, dtype, device_type) -> str | None     why it cannot take these arguments, or None
     append, read, attend                        as in `tqc.ops`, same arguments, same results
+
+and may have
+
     FOLDED = True                               if these take folded formats; without it, none reaches them
+    append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start, k_spec, v_spec)
+                                                append of keys and values in one launch
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import torch
 from tqc.format import PackedFormat
 
 # Best first; the reference takes everything.
-PROVIDERS = ("cpu", "reference")
+PROVIDERS = ("triton", "cpu", "reference")
 
 
 def choose(

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "off": {"bits_k": OFF, "bits_v": OFF},
 }
 REST = ("inductor", "eager")
-PROVIDERS = ("auto", "reference", "cpu")
+PROVIDERS = ("auto", "reference", "cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Config:
             no kernel rotates values. It keeps a second copy of those weights, made anew when a weight changes (an edit
             through `weight.data`, which torch does not count, is seen at the next prompt).
         skip_layers: attention layers whose cache stays dense, counted in graph order; negative from the end.
-        provider: which kernels: "auto", or one that must be used ("reference", "cpu").
+        provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
         rest: what runs the rest of the graph: "inductor" or "eager" (starts in seconds).
         debug_dir: folder for the graph before and after each pass, as readable text.
     """

@@ -15,6 +15,7 @@ from tqc import packed_tensor, preallocated, quantizer
 from tqc.folded_weights import folded_weights
 from tqc.format import PackedFormat
 from tqc.packed_tensor import PackedTensor
+from tqc.storage import Storage
 
 _providers: dict[str, ModuleType] = {}
 
@@ -71,8 +72,7 @@ def attend_extend(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
         key, value, attn_mask, sinks, None, scale, softcap, is_causal, k_spec, v_spec,
     )  # fmt: skip
-    kernels.append(k.pages, k.dense, k.state, key, None, k_spec)
-    kernels.append(v.pages, v.dense, v.state, value, None, v_spec)
+    _append(kernels, k, v, key, value, None)
     k.appended(count)
     v.appended(count)
     return out, PackedTensor(k, length + count), PackedTensor(v, length + count)
@@ -112,10 +112,20 @@ def attend_write(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
         key, value, attn_mask, sinks, start, scale, softcap, False, k_spec, v_spec,
     )  # fmt: skip
-    for storage, new, spec in ((k, key, k_spec), (v, value, v_spec)):
-        kernels.append(storage.pages, storage.dense, storage.state, new, start, spec)
-        storage.written_on_device()
+    _append(kernels, k, v, key, value, start)
+    k.written_on_device()
+    v.written_on_device()
     return out
+
+
+def _append(kernels: ModuleType, k: Storage, v: Storage, key: Tensor, value: Tensor, start: Tensor | None) -> None:
+    if hasattr(kernels, "append_pair"):
+        kernels.append_pair(
+            k.pages, k.dense, k.state, key, v.pages, v.dense, v.state, value, start, k.fmt.spec, v.fmt.spec
+        )
+        return
+    kernels.append(k.pages, k.dense, k.state, key, start, k.fmt.spec)
+    kernels.append(v.pages, v.dense, v.state, value, start, v.fmt.spec)
 
 
 def adopt(
