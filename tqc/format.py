@@ -107,11 +107,10 @@ class PackedFormat:
                 raise ValueError
             if folded not in ([], ["folded"]):
                 raise ValueError
-            numbers = [int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed)]
+            head_dim, bits, sinks, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
         except (ValueError, IndexError):
             raise ValueError(f"malformed spec {spec!r}") from None
-        d, b, s, w, seed = numbers
-        return PackedFormat(d, b, kind == "centred", s, w, rot, seed, bool(folded))
+        return PackedFormat(head_dim, bits, kind == "centred", sinks, window, rot, number, bool(folded))
 
     @cached_property
     def planes(self) -> tuple[tuple[int, int, int], ...]:
