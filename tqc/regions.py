@@ -17,6 +17,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import Graph, GraphModule, Node
 
 from tqc import runtime
+from tqc.matrix_vector import decompositions
 from tqc.passes.graph import is_packed, value
 
 # Compiled static regions by their text: graphs that differ in what lies outside them share them.
@@ -73,7 +74,7 @@ def _inductor(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
         tracing(context),
         functorch_config.patch(enable_autograd_cache=False),
     ):
-        function = compile_fx(module, examples, inner_compile=inner_compile)
+        function = compile_fx(module, examples, inner_compile=inner_compile, decompositions=decompositions())
     if len(compiled) != 1 or not _plain(context.fw_metadata) or compiled[0][1] != len(examples):
         return function
     code = compiled[0][0]
