@@ -30,7 +30,7 @@ import setup
 
 NAME = "generate_peers"
 THREADS = 2
-LIMIT_S = 900
+LIMIT_S = 1800
 
 
 @dataclass(frozen=True)

