@@ -33,12 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent / "peers")]
-import setup
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[2] / "build" / "peers" / "inductor-flex")
+)
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setup.FOLDER / "inductor-flex"))
-
-import envelope
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +46,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tqc.format import PackedFormat
 from tqc.lowering import cpu
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+import envelope
+import setup
 
 NAME = "attention"
 SHAPES = ((32, 8, 128), (9, 3, 64), (16, 16, 64), (8, 1, 256))
@@ -164,7 +167,7 @@ def measure(batch: int, shape: tuple[int, int, int], length: int) -> dict[str, A
     times: dict[str, list[float]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         dense = dense_calls(batch, shape, length, dtype)
-        for name, found in repeat_times({**packed, **dense}, 1.5).items():
+        for name, found in repeat_times({**packed, **dense}, 1.0).items():
             times.setdefault(name, []).extend(found)
         del dense
     others = onnxruntime_times(batch, shape, length)
@@ -246,7 +249,7 @@ def main() -> None:
     call_us = overheads()
     note = (
         f"Kernels for {cpu.level()}; a call costs {call_us['attend']:.1f} us at least, appending a token "
-        f"{call_us['append']:.1f} us. Microseconds are the least of the repeats. bf16 and fp32 are the fastest of three "
+        f"{call_us['append']:.1f} us. Times are the least of the repeats. bf16 and fp32 are the fastest of three "
         "ways to call torch's SDPA; onnxruntime is the fastest of its caches of float32, float16, 8 and 4 bits."
     )
     end = time.monotonic() + 60 * arguments.minutes
@@ -258,7 +261,16 @@ def main() -> None:
         rows.append(measure(batch, shape, length))
         print(rows[-1], flush=True)
         envelope.write(NAME, rows, [note])
-    columns = ("batch", "heads_dim", "length", "k4v2_us", "bf16_us", "k4v2_over_bf16", "k4v2_over_fp32", "k4v2_of_floor")
+    columns = (
+        "batch",
+        "heads_dim",
+        "length",
+        "k4v2_us",
+        "bf16_us",
+        "k4v2_over_bf16",
+        "k4v2_over_fp32",
+        "k4v2_of_floor",
+    )
     table = Table(*columns, title=f"decode attention, {envelope.processor()}, {cpu.level()}")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))

