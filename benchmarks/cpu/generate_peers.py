@@ -95,12 +95,10 @@ class Results:
     contexts: list[int]
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        file = envelope.RESULTS / f"{NAME}.json"
-        if file.exists():
-            self.rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
-
     def add(self, row: dict[str, Any]) -> None:
+        file = envelope.RESULTS / f"{NAME}.json"
+        if file.exists():  # read anew: another process may have added to it
+            self.rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
         self.rows[row["name"]] = row
         order = [peer.name for peer in PEERS]
         rows = sorted(
@@ -224,9 +222,11 @@ def main() -> None:
             if not reason:
                 _, reason = run(peer, {**given, "prepare": True})
             print("prepared", peer.name, reason, flush=True)
+        if arguments.prepare:
+            continue
         if reason:
             results.add({"name": peer.name, "weights": peer.weights, "cache": peer.cache, "reason": reason})
-        elif not arguments.prepare:
+        else:
             row = measure(peer, {**given, "prepare": False})
             print({key: value for key, value in row.items() if key != "predictions"}, flush=True)
             results.add(row)
