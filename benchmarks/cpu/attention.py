@@ -227,6 +227,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--prepare", action="store_true")
     arguments = parser.parse_args()
+    if arguments.resume:
+        del sys.argv[1:]  # the file holds the rows of all calls
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if reason := cpu.supported():

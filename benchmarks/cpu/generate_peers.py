@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--prepared", action="store_true", help="the same machine ran --prepare before")
     parser.add_argument("--limit", type=int, default=1800, help="seconds that one process may take")
     arguments = parser.parse_args()
+    del sys.argv[1:]  # the file holds the rows of all calls
 
     from tqc.models import embedded_gguf
 
