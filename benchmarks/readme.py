@@ -84,7 +84,7 @@ BEST_PEERS = (
     "tqc default",
     "Inductor, DynamicCache",
     "transformers hqq",
-    "llama.cpp q8_0, f32",
+    "llama.cpp f16, f32",
     "llama.cpp q8_0, file",
     "OpenVINO u8",
 )
