@@ -6,6 +6,12 @@ A provider has
     supported() -> str | None                   why this machine cannot run it, or None
     accepts(k_fmt, v_fmt, dtype, device_type) -> str | None     why it cannot take these arguments, or None
     append, read, attend                        as in `tqc.ops`, same arguments, same results
+
+and may have
+
+    FOLDED = True                               if these take folded formats; without it, none reaches them
+    append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start, k_spec, v_spec)
+                                                append of keys and values in one launch
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import torch
 from tqc.format import PackedFormat
 
 # Best first; the reference takes everything.
-PROVIDERS = ("cpu", "reference")
+PROVIDERS = ("triton", "cpu", "reference")
 
 
 def choose(
@@ -32,6 +38,8 @@ def choose(
     for name in PROVIDERS if requested == "auto" else (requested,):
         provider = importlib.import_module(f"tqc.lowering.{name}")
         reason = provider.supported() or provider.accepts(k_fmt, v_fmt, dtype, device_type)
+        if v_fmt.folded and not getattr(provider, "FOLDED", False):
+            reason = reason or "takes no folded values"
         if reason is None:
             return name, refusals
         refusals.append(f"{name}: {reason}")

@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--only-packed", action="store_true", help="leave the dense model out, to profile")
     arguments = parser.parse_args()
 
+    torch._dynamo.config.recompile_limit = 64  # of one forward function, which all models here share
     model, tokenizer = load(None, arguments.dtype)
     import pydoc_data.topics
 

@@ -26,6 +26,7 @@ struct FormatArguments {
   const float *levels, *boundaries, *rotation;  // 2**bits, one less, [dim, dim]
   bool hadamard;                                // whether the rotation is of that kind and dim a power of two
   float score_variance;  // of a coordinate's coding error, as a share of the squared scale
+  int folded;
 };
 
 constexpr int INT8_BITS = 4;  // above, the error of int8 products would show beside that of the codes
@@ -33,6 +34,7 @@ constexpr int INT8_BITS = 4;  // above, the error of int8 products would show be
 // All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
 struct Format {
   int dim, bits, centred, sinks, window, page_bytes, centre_offset, plane_count;
+  int folded;              // vectors come and go rotated
   Plane planes[4];
   float levels[256];       // unused entries are 0
   float boundaries[256];   // unused entries are +inf
@@ -58,7 +60,7 @@ inline float* aligned_copy(const float* from, int rows, int dim, bool transposed
 }
 
 inline Format* make_format(const FormatArguments& a) {
-  auto* f = new Format{a.dim, a.bits, a.centred, a.sinks, a.window, a.page_bytes, a.centre_offset, a.plane_count};
+  auto* f = new Format{a.dim, a.bits, a.centred, a.sinks, a.window, a.page_bytes, a.centre_offset, a.plane_count, a.folded};
   const int count = 1 << a.bits;
   std::copy(a.planes, a.planes + a.plane_count, f->planes);
   std::fill(std::begin(f->boundaries), std::end(f->boundaries), INFINITY);

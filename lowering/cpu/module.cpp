@@ -299,15 +299,15 @@ PyObject* py_attend(PyObject*, PyObject* const* args, Py_ssize_t n) try {
 }
 
 // make_format(dim, bits, centred, sinks, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
-// is_hadamard, score_variance) -> address; levels, boundaries and rotation are addresses of float32 arrays.
+// is_hadamard, score_variance, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
   FormatArguments a{};
   PyObject* planes;
   unsigned long long levels, boundaries, rotation;
   int hadamard;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKif", &a.dim, &a.bits, &a.centred, &a.sinks, &a.window, &a.page_bytes,
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &a.dim, &a.bits, &a.centred, &a.sinks, &a.window, &a.page_bytes,
                         &a.centre_offset, &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard,
-                        &a.score_variance))
+                        &a.score_variance, &a.folded))
     return nullptr;
   a.plane_count = int(PyTuple_GET_SIZE(planes));
   for (int i = 0; i < a.plane_count; ++i)

@@ -15,7 +15,9 @@ from tqc.lowering.cpu import build
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 if not COMPILER or not EMULATOR:
-    pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (g++-aarch64-linux-gnu, qemu-user)", allow_module_level=True)
+    pytest.skip(
+        "needs aarch64-linux-gnu-g++ and qemu-aarch64 (g++-aarch64-linux-gnu, qemu-user)", allow_module_level=True
+    )
 
 HEADS, GROUP, LENGTH = 2, 4, 500
 
@@ -40,7 +42,15 @@ def describe(fmt):
     """A format as `Tensor` of neon_main.cpp reads it."""
     power_of_two = fmt.head_dim & (fmt.head_dim - 1) == 0
     planes = [number for plane in fmt.planes for number in plane]
-    head = (fmt.head_dim, fmt.bits, fmt.centred, fmt.sink_tokens, fmt.residual_window, fmt.page_bytes, fmt.centre_offset)
+    head = (
+        fmt.head_dim,
+        fmt.bits,
+        fmt.centred,
+        fmt.sink_tokens,
+        fmt.residual_window,
+        fmt.page_bytes,
+        fmt.centre_offset,
+    )
     numbers = struct.pack(
         f"<8if2i{len(planes)}i", *head, power_of_two, fmt.score_variance, HEADS, len(fmt.planes), *planes
     )

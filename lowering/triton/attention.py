@@ -1,0 +1,225 @@
+"""`attend` and its form for paged storage, on the kernels of `attend`: shapes, strides and launches."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.lowering.triton import tuning
+from tqc.lowering.triton.attend import attend_kernel, merge_kernel
+from tqc.lowering.triton.page import TileFormat
+
+
+def attend(
+    query: Tensor,
+    k_pages: Tensor,
+    k_dense: Tensor,
+    k_state: Tensor,
+    v_pages: Tensor,
+    v_dense: Tensor,
+    v_state: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    start: Tensor | None,
+    scale: float,
+    softcap: float,
+    is_causal: bool,
+    k_spec: str,
+    v_spec: str,
+) -> tuple[Tensor, Tensor]:
+    """As `tqc.ops.attend`, but keys and values that hold different tokens give NaNs: to raise is to wait."""
+    k_fmt, v_fmt = _formats(k_spec, v_spec)
+    storage = dict(
+        k_pages=k_pages,
+        v_pages=v_pages,
+        k_page_strides=k_pages.stride()[:3],
+        v_page_strides=v_pages.stride()[:3],
+        k_dense=k_dense.contiguous(),
+        v_dense=v_dense.contiguous(),
+        k_state=k_state,
+        v_state=v_state,
+        start=start if start is None else start.to(query.device, non_blocking=True),
+        table=None,
+        table_step=0,
+        lengths=None,
+        padding=None,
+        BLOCK_PAGES=1,
+    )
+    capacity = k_pages.shape[2] * PAGE_TOKENS
+    return _attend(query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_fmt, v_fmt)
+
+
+def attend_paged(
+    query: Tensor,
+    k_pool: Tensor,
+    k_dense: Tensor,
+    v_pool: Tensor,
+    v_dense: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    k_spec: str,
+    v_spec: str,
+    *,
+    scale: float,
+    block_pages: int = 2,
+    padding: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    is_causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a ragged batch over pages that sequences hold in any order, as serving engines keep them.
+
+    Args:
+        k_pool, v_pool: uint8 [pages, heads, page_bytes]; `block_pages` consecutive pages are a block.
+        k_dense, v_dense: [batch, heads, 1 + sink_tokens + residual_window, head_dim], as in `tqc.format`.
+        page_table: int32 [batch, n]; page p of sequence b is page p % block_pages of block
+            `page_table[b, p // block_pages]`. Entries behind the packed tokens are not read.
+        lengths: int32 [batch], tokens stored; as many of them are packed as `PackedFormat.packed_tokens` says.
+        padding: int32 [batch], how many of the first tokens are padding that nothing attends to.
+        attn_mask: columns of sequence b are its stored tokens, then the new ones, then nothing.
+        The rest is as in `tqc.ops.attend`.
+
+    Returns:
+        Output and log-sum-exp as `tqc.ops.attend` does.
+    """
+    if lengths.shape != (query.shape[0],) or page_table.ndim != 2 or page_table.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"page_table must be [batch, n] and lengths [batch] for a query of batch {query.shape[0]}; "
+            f"got {tuple(page_table.shape)} and {tuple(lengths.shape)}"
+        )
+    k_fmt, v_fmt = _formats(k_spec, v_spec)
+    storage = dict(
+        k_pages=k_pool,
+        v_pages=v_pool,
+        k_page_strides=(0, k_pool.stride(1), k_pool.stride(0)),
+        v_page_strides=(0, v_pool.stride(1), v_pool.stride(0)),
+        k_dense=k_dense.contiguous(),
+        v_dense=v_dense.contiguous(),
+        k_state=None,
+        v_state=None,
+        start=None,
+        table=page_table,
+        table_step=page_table.stride(0),
+        lengths=lengths,
+        padding=padding,
+        BLOCK_PAGES=block_pages,
+    )
+    capacity = page_table.shape[1] * block_pages * PAGE_TOKENS
+    return _attend(query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_fmt, v_fmt)
+
+
+@cache
+def _formats(k_spec: str, v_spec: str) -> tuple[TileFormat, TileFormat]:
+    k_fmt, v_fmt = PackedFormat.parse(k_spec), PackedFormat.parse(v_spec)
+    if (k_fmt.sink_tokens, k_fmt.residual_window) != (v_fmt.sink_tokens, v_fmt.residual_window):
+        raise ValueError(f"keys and values must have one sink_tokens and residual_window, got {k_spec} and {v_spec}")
+    return TileFormat.of(k_fmt), TileFormat.of(v_fmt)
+
+
+def _attend(
+    query: Tensor,
+    storage: dict[str, Any],
+    capacity: int,
+    key: Tensor | None,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    is_causal: bool,
+    k_fmt: TileFormat,
+    v_fmt: TileFormat,
+) -> tuple[Tensor, Tensor]:
+    if (key is None) != (value is None):
+        raise ValueError(
+            f"key and value must both be given or both be None, got only {'key' if value is None else 'value'}"
+        )
+    batch, q_heads, rows, _ = query.shape
+    heads = storage["k_dense"].shape[1]
+    if query.dtype != storage["k_dense"].dtype:
+        raise TypeError(f"query must be of the stored tokens' dtype {storage['k_dense'].dtype}, got {query.dtype}")
+    group, new = q_heads // heads, 0 if key is None else key.shape[2]
+    device, dtype, exact = query.device, query.dtype, query.dtype == torch.float32
+    query, key, value = (_last_dense(x) for x in (query, key, value))
+    launch = tuning.choose(tuning.architecture(device), rows * group, k_fmt, v_fmt, exact)
+    blocks = triton.cdiv(rows * group, launch.rows)
+    shares = tuning.shares(launch, device, blocks * batch * heads, capacity)
+    mask, mask_strides, columns = _mask(attn_mask)
+
+    out = torch.empty(batch, rows, q_heads, v_fmt.head_dim, dtype=dtype, device=device)
+    lse = torch.empty(batch, q_heads, rows, dtype=torch.float32, device=device)
+    parts, part_lse = out, lse
+    if shares > 1:
+        parts = torch.empty(shares, *out.shape, dtype=torch.float32, device=device)
+        part_lse = torch.empty(shares, *lse.shape, dtype=torch.float32, device=device)
+    if out.numel() == 0:
+        return out.transpose(1, 2), lse
+    attend_kernel[(blocks, batch * heads, shares)](
+        query=query,
+        q_strides=query.stride()[:3],  # type: ignore[union-attr]
+        **storage,
+        key=key,
+        value=value,
+        key_strides=(0, 0, 0) if key is None else key.stride()[:3],
+        value_strides=(0, 0, 0) if value is None else value.stride()[:3],
+        mask=mask,
+        mask_strides=mask_strides,
+        sinks=sinks,
+        k_rotation=rotation(k_fmt, device, exact),
+        v_rotation=rotation(v_fmt, device, exact),
+        k_levels=k_fmt.levels(device),
+        v_levels=v_fmt.levels(device),
+        out=parts,
+        lse=part_lse,
+        scale=scale,
+        softcap=softcap,
+        heads=heads,
+        group=group,
+        rows=rows,
+        new=new,
+        columns=columns,
+        k_fmt=k_fmt,
+        v_fmt=v_fmt,
+        CAUSAL=0 if not is_causal else 2 if rows > new else 1,
+        SHARES=shares,
+        ROWS=launch.rows,
+        TILE=launch.tile,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    if shares > 1:
+        width = triton.next_power_of_2(shares)
+        merge_kernel[(batch * rows * q_heads,)](
+            parts, part_lse, out, lse, q_heads, rows, batch, v_fmt.head_dim, shares, width, num_warps=4
+        )
+    return out.transpose(1, 2), lse
+
+
+def _last_dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
+    """The mask with bytes for bools, its strides as four axes (0 where it is broadcast), and its columns."""
+    if mask is None:
+        return None, (0, 0, 0, 0), 0
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return mask, (0,) * (4 - mask.ndim) + tuple(strides), mask.shape[-1]
+
+
+@cache
+def rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
+    """sqrt(head_dim) R: all signs for a Hadamard matrix of a power of two, so that float16 holds it exactly."""
+    return (fmt.rotation_matrix(device) * fmt.head_dim**0.5).to(torch.float32 if exact else torch.float16)

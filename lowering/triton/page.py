@@ -1,0 +1,356 @@
+"""Decoding of packed pages in registers: the device functions that every Triton kernel shares.
+
+A tile is a number of packed tokens of one head. Planes are read as 32-bit words, 16 bytes to a load where a token's row
+is that long. The narrowest plane sets the order of a tile's columns: column p is field p // W of byte p % W of that
+plane's row, W being the bytes of the row rounded up to a power of two, so that all planes of a code meet in one lane.
+`column_element` names the element that a column holds; kernels read the rotation matrix in that order, and nothing is
+ever moved.
+
+Codes of 1 to 4 bits become float16 levels by byte permutes on a table in registers, eight codes to a word; wider ones
+by a polynomial in log2 of the distance from the end of the code range. With EXACT the levels are read from memory, in
+float32. `fmt` is a `TileFormat` throughout, a compile-time constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from tqc.format import CENTRE_ZERO, HEADER_BYTES, PAGE_TOKENS, SCALE_NAN, SCALE_STEPS, SCALE_ZERO, PackedFormat
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+PAGE = tl.constexpr(PAGE_TOKENS)
+_SCALES_OFFSET = tl.constexpr(HEADER_BYTES)
+_SCALE_NAN = tl.constexpr(SCALE_NAN)
+_SCALE_ZERO = tl.constexpr(SCALE_ZERO)
+_SCALE_STEPS = tl.constexpr(SCALE_STEPS)
+_CENTRE_ZERO = tl.constexpr(CENTRE_ZERO)
+# Widest codes that are looked up by byte permutes.
+PERMUTED_BITS = tl.constexpr(4)
+# Offset of the logarithm and number of coefficients for wider codes. The error added is 1/180 of the coding error at 8
+# bits, 1/1000 or less below.
+_POLYNOMIAL = {5: (2.5, 4), 6: (2.5, 6), 7: (3.5, 6), 8: (5.0, 6)}
+
+
+@dataclass(frozen=True)
+class TileFormat(PackedFormat):
+    """A format with what its tiles need at compile time. Hashed and compared by the format's own fields."""
+
+    @classmethod
+    def of(cls, fmt: PackedFormat) -> TileFormat:
+        return _tile_format(fmt)
+
+    @cached_property
+    def narrowest(self) -> int:
+        """Width of the narrowest plane."""
+        return self.bits & -self.bits
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one token in the narrowest plane."""
+        return self.head_dim * self.narrowest // 8
+
+    @cached_property
+    def row_words(self) -> int:
+        """32-bit words that hold `row_bytes`, a power of two."""
+        return triton.next_power_of_2(-(-self.row_bytes // 4))
+
+    @cached_property
+    def columns(self) -> int:
+        """Columns of a tile: a power of two, at least head_dim."""
+        return 8 // self.narrowest * 4 * self.row_words
+
+    @cached_property
+    def plane_shift(self) -> tuple[int, ...]:
+        """Place in a code of the plane of each width."""
+        return tuple(next((shift for w, shift, _ in self.planes if w == width), 0) for width in range(9))
+
+    @cached_property
+    def plane_offset(self) -> tuple[int, ...]:
+        """Place in a page of the plane of each width, in bytes."""
+        return tuple(next((offset for w, _, offset in self.planes if w == width), 0) for width in range(9))
+
+    @cached_property
+    def level_table(self) -> tuple[int | float, ...]:
+        """Words of a byte table (low bytes of 16 float16 levels, then high ones), or coefficients for wide codes."""
+        levels = self.levels().double().numpy()
+        if self.bits <= PERMUTED_BITS.value:
+            # Repeated up to 16: the upper bits of narrow codes are zeros.
+            halves = np.resize(levels, 16).astype(np.float16).view(np.uint16)
+            parts = [(halves & 255).astype(np.uint8), (halves >> 8).astype(np.uint8)]
+            return tuple(int(word) for part in parts for word in part.view(np.int32))
+        offset, count = _POLYNOMIAL[self.bits]
+        half = len(levels) // 2
+        positive = levels[half:]
+        # The density of the levels times their spacing weighs the squared error as it occurs.
+        weight = np.sqrt(np.exp(-(positive**2) / 2) * np.gradient(positive))
+        powers = np.log2(half - np.arange(half) - 0.5 + offset)[:, None] ** np.arange(count)
+        solution = np.linalg.lstsq(powers * weight[:, None], positive * weight, rcond=None)[0]
+        return tuple(float(c) for c in solution)
+
+    @cached_property
+    def log_offset(self) -> float:
+        """The polynomial's variable is log2(log_offset - distance of the code from the middle)."""
+        return 2.0 ** (self.bits - 1) + _POLYNOMIAL[self.bits][0]
+
+
+@cache
+def _tile_format(fmt: PackedFormat) -> TileFormat:
+    return TileFormat(*astuple(fmt))
+
+
+@triton.constexpr_function
+def mask_word(width: int, every: int) -> int:
+    """32-bit word in which the lowest `width` of each `every` bits are set, as a signed number."""
+    word = sum(((1 << width) - 1) << at for at in range(0, 32, every))
+    return word - (1 << 32) if word >> 31 else word
+
+
+@triton.jit
+def column_element(fmt: tl.constexpr):
+    """Element that each column of a tile holds, int32 [columns], and whether it holds one."""
+    WIDTH: tl.constexpr = 4 * fmt.row_words
+    COLUMNS: tl.constexpr = fmt.columns
+    column = tl.arange(0, COLUMNS)
+    valid = column % WIDTH < fmt.row_bytes
+    return tl.where(valid, column // WIDTH * fmt.row_bytes + column % WIDTH, 0), valid
+
+
+@triton.jit
+def prmt(a, b, selector):
+    """PTX `prmt.b32`: each nibble of the low half of `selector`, 0 to 7, picks a byte of a (0 to 3) or b."""
+    if INTERPRET:
+        result = a & 0
+        for i in tl.static_range(4):
+            index = (selector >> (4 * i)) & 7
+            source = tl.where(index < 4, a, b)
+            result |= ((source >> (8 * (index & 3))) & 255) << (8 * i)
+        return result
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def log2_approx(x):
+    """log2 to about 2**-22, by one instruction."""
+    if INTERPRET:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def beside(a, b):
+    """[n, m] and [n, m] side by side, [n, 2 m]."""
+    return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def interleave(a, b):
+    """[n, m] and [n, m] column by column, [n, 2 m]."""
+    return tl.join(a, b).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def _bytes(words):
+    """The four bytes of each word, [n, m] to [n, 4 m], with other bits above them."""
+    return interleave(interleave(words, words >> 16), interleave(words >> 8, words >> 24))
+
+
+@triton.jit
+def _halves(words):
+    """The two float16 numbers of each word, [n, m] to [n, 2 m]."""
+    return interleave(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _plane(page, row, fmt: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
+    """Words of a plane's rows, int32 [tokens, words]: the PART-th piece of as many bytes as the narrowest plane has."""
+    WORDS: tl.constexpr = fmt.row_words
+    BYTES: tl.constexpr = fmt.row_bytes
+    OFFSET: tl.constexpr = fmt.plane_offset[WIDTH] + PART * BYTES
+    start = page + OFFSET + row * (fmt.head_dim * WIDTH // 8)
+    word = tl.arange(0, WORDS)[None, :]
+    if BYTES % 4 == 0:
+        address = start.to(tl.pointer_type(tl.int32))[:, None] + word
+        if BYTES == 4 * WORDS:
+            return tl.load(address)
+        else:
+            return tl.load(address, mask=word < BYTES // 4, other=0)
+    else:
+        address = start[:, None] + 4 * word
+        result = tl.zeros((page.shape[0], WORDS), tl.int32)
+        for i in tl.static_range(4):
+            result |= tl.load(address + i, mask=4 * word + i < BYTES, other=0).to(tl.int32) << (8 * i)
+        return result
+
+
+@triton.jit
+def _nibbles(page, row, fmt: tl.constexpr, S: tl.constexpr):
+    """Eight codes to a word, [tokens, words]: nibble 2 i is field S of byte i, nibble 2 i + 1 field S + fields / 2."""
+    LOW: tl.constexpr = fmt.narrowest
+    result = (_plane(page, row, fmt, LOW, 0) >> (S * LOW)) & mask_word(LOW, 4)
+    if fmt.bits == 3:
+        wide = _plane(page, row, fmt, 2, S % 2) >> (2 * (S // 2))
+        result = (wide & mask_word(2, 4)) | (result << 2)
+    return result
+
+
+@triton.jit
+def _word(like, VALUE: tl.constexpr):
+    return tl.full(like.shape, VALUE, tl.int32)
+
+
+@triton.jit
+def _look_up(nibbles, fmt: tl.constexpr):
+    """Float16 levels of the four codes in the low half of `nibbles`, as pairs: of nibbles 0 and 2, and of 1 and 3."""
+    TABLE: tl.constexpr = fmt.level_table
+    index = nibbles
+    if fmt.bits == 4:
+        index = nibbles & 0x7777
+    low = prmt(_word(nibbles, TABLE[0]), _word(nibbles, TABLE[1]), index)
+    high = prmt(_word(nibbles, TABLE[4]), _word(nibbles, TABLE[5]), index)
+    if fmt.bits == 4:
+        # Bit 3 chooses between the halves of the table, byte by byte.
+        half = ((nibbles >> 1) & 0x4444) | 0x3210
+        low = prmt(low, prmt(_word(nibbles, TABLE[2]), _word(nibbles, TABLE[3]), index), half)
+        high = prmt(high, prmt(_word(nibbles, TABLE[6]), _word(nibbles, TABLE[7]), index), half)
+    return prmt(low, high, _word(nibbles, 0x6240)), prmt(low, high, _word(nibbles, 0x7351))
+
+
+@triton.jit
+def _level_pairs(page, row, fmt: tl.constexpr, S: tl.constexpr):
+    """Pairs of float16 levels, int32 [tokens, 2 words]: those of field S and those of field S + fields / 2."""
+    nibbles = _nibbles(page, row, fmt, S)
+    first_low, second_low = _look_up(nibbles, fmt)
+    first_high, second_high = _look_up(nibbles >> 16, fmt)
+    return interleave(first_low, first_high), interleave(second_low, second_high)
+
+
+@triton.jit
+def _permuted_tile(page, row, fmt: tl.constexpr):
+    a, b = _level_pairs(page, row, fmt, 0)
+    if fmt.bits != 4:
+        a1, b1 = _level_pairs(page, row, fmt, 1)
+        a = beside(a, a1)
+        b = beside(b, b1)
+    if fmt.bits % 2 == 1:
+        a2, b2 = _level_pairs(page, row, fmt, 2)
+        a3, b3 = _level_pairs(page, row, fmt, 3)
+        a = beside(a, beside(a2, a3))
+        b = beside(b, beside(b2, b3))
+    return _halves(beside(a, b))
+
+
+@triton.jit
+def _field_codes(page, row, fmt: tl.constexpr, FIELD: tl.constexpr):
+    """Codes of one field, four to a word, int32 [tokens, words]."""
+    LOW: tl.constexpr = fmt.narrowest
+    result = _plane(page, row, fmt, LOW, 0)
+    if LOW < 8:
+        result = ((result >> (FIELD * LOW)) & mask_word(LOW, 8)) << (fmt.bits - LOW)
+    if fmt.bits & (2 * LOW) and LOW < 4:
+        wide = _plane(page, row, fmt, 2 * LOW, FIELD % 2) >> (2 * LOW * (FIELD // 2))
+        result |= (wide & mask_word(2 * LOW, 8)) << fmt.plane_shift[2 * LOW]
+    if fmt.bits & (4 * LOW) and LOW < 2:
+        wide = _plane(page, row, fmt, 4 * LOW, FIELD % 4) >> (4 * LOW * (FIELD // 4))
+        result |= (wide & mask_word(4 * LOW, 8)) << fmt.plane_shift[4 * LOW]
+    return result
+
+
+@triton.jit
+def codes_tile(page, row, fmt: tl.constexpr):
+    """Codes, int32 [tokens, columns]. Arguments as of `levels_tile`."""
+    words = _field_codes(page, row, fmt, 0)
+    if fmt.narrowest <= 4:
+        words = beside(words, _field_codes(page, row, fmt, 1))
+    if fmt.narrowest <= 2:
+        third = _field_codes(page, row, fmt, 2)
+        words = beside(words, beside(third, _field_codes(page, row, fmt, 3)))
+    if fmt.narrowest == 1:
+        fifth = _field_codes(page, row, fmt, 4)
+        seventh = _field_codes(page, row, fmt, 6)
+        upper = beside(seventh, _field_codes(page, row, fmt, 7))
+        words = beside(words, beside(beside(fifth, _field_codes(page, row, fmt, 5)), upper))
+    return _bytes(words) & 255
+
+
+@triton.jit
+def levels_tile(page, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
+    """Levels of a tile's codes, [tokens, columns], not yet times their tokens' scales; columns without an element hold
+    anything finite.
+
+    Args:
+        page: pointers to the page of each token, uint8 [tokens].
+        row: place of each token in its page, [tokens].
+        levels: pointer to the format's levels, float32, which EXACT alone reads.
+        EXACT: float32 levels from memory, else float16 ones.
+    """
+    if EXACT:
+        return tl.load(levels + codes_tile(page, row, fmt))
+    elif fmt.bits <= PERMUTED_BITS:
+        return _permuted_tile(page, row, fmt)
+    else:
+        COEFFICIENTS: tl.constexpr = fmt.level_table
+        # The code is the last bits of a float32 that starts at 2**23: cheaper than a conversion.
+        code = (codes_tile(page, row, fmt) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        centred = code - (2 ** (fmt.bits - 1) - 0.5)
+        log = log2_approx(fmt.log_offset - tl.abs(centred))
+        level = tl.full(log.shape, COEFFICIENTS[len(COEFFICIENTS) - 1], tl.float32)
+        for i in tl.static_range(2, len(COEFFICIENTS) + 1):
+            level = level * log + COEFFICIENTS[len(COEFFICIENTS) - i]
+        return tl.where(centred < 0, -level, level).to(tl.float16)
+
+
+@triton.jit
+def token_scales(page, base):
+    """Scale of each token of whole pages, float32 [32 n].
+
+    Args:
+        page: pointers to the pages, uint8 [n].
+        base: their largest scales, float32 [n].
+    """
+    words = page.to(tl.pointer_type(tl.int32))[:, None] + (tl.arange(0, PAGE // 4) + _SCALES_OFFSET // 4)[None, :]
+    code = (_bytes(tl.load(words)) & 255).to(tl.float32)
+    factor = tl.exp2(code * (-1.0 / _SCALE_STEPS))
+    factor = tl.where(code == _SCALE_ZERO, 0.0, tl.where(code == _SCALE_NAN, float("nan"), factor))
+    return (factor * base[:, None]).reshape(page.shape[0] * PAGE)
+
+
+@triton.jit
+def page_base(page):
+    """Largest scale of each page, float32 [n]. `page`: pointers [n]."""
+    return tl.load(page.to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def centre_codes(page, fmt: tl.constexpr):
+    """Pages' centres in their units, float16 [n, columns], zeros in columns without an element. `page`: pointers."""
+    HALF: tl.constexpr = fmt.head_dim // 2
+    if fmt.columns == fmt.head_dim:  # columns are in the natural order
+        word = tl.arange(0, HALF // 4)[None, :]
+        words = tl.load((page + fmt.centre_offset).to(tl.pointer_type(tl.int32))[:, None] + word)
+        nibbles = beside(words, words >> 4) & 0x0F0F0F0F
+        # Bytes between those of 1024.0: no conversion from integers.
+        k = _word(nibbles, 0x64646464)
+        pairs = interleave(prmt(nibbles, k, _word(nibbles, 0x4140)), prmt(nibbles, k, _word(nibbles, 0x4342)))
+        return _halves(pairs) - (1024 + _CENTRE_ZERO)
+    else:
+        element, valid = column_element(fmt)
+        byte = tl.load(page[:, None] + (fmt.centre_offset + element % HALF)[None, :]).to(tl.int32)
+        nibble = (byte >> (element // HALF * 4)[None, :]) & 15
+        return tl.where(valid[None, :], nibble - _CENTRE_ZERO, 0).to(tl.float16)
+
+
+@triton.jit
+def centre_unit(page):
+    """Unit of the page's centre, float32 [n]. `page`: pointers [n]."""
+    return tl.load((page + 4).to(tl.pointer_type(tl.float32)))

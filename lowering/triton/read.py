@@ -1,0 +1,84 @@
+"""Dense copy of stored tokens: `tqc.ops.read` on the device, for uses that no fused kernel takes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tqc.format import PackedFormat
+from tqc.lowering.triton.attention import rotation
+from tqc.lowering.triton.page import (
+    PAGE,
+    TileFormat,
+    centre_codes,
+    centre_unit,
+    column_element,
+    levels_tile,
+    page_base,
+    token_scales,
+)
+from tqc.lowering.triton.tile import unrotated
+
+
+@triton.jit
+def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt: tl.constexpr):
+    """Grid: (1 + pages' worth of tokens behind the sinks, batch * heads); program 0 copies the sinks.
+
+    Args:
+        pages, dense, state: contiguous, as in `tqc.format`.
+        matrix: sqrt(head_dim) R, float32. levels: the format's, float32.
+        out: [batch * heads, length, head_dim].
+    """
+    head = tl.program_id(1).to(tl.int64)
+    WIDTH: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
+    SINKS: tl.constexpr = fmt.sink_tokens
+    d = tl.arange(0, WIDTH)
+    inside = (d < fmt.head_dim)[None, :]
+    rows = dense + head * (fmt.dense_rows * fmt.head_dim)
+    target = out + head * length * fmt.head_dim + d[None, :]
+    stored = tl.minimum(tl.load(state), length)
+    place = tl.arange(0, PAGE)
+    if tl.program_id(0) == 0:
+        for first in range(0, SINKS, PAGE):
+            token = place + first
+            source = rows + (1 + token)[:, None] * fmt.head_dim + d[None, :]
+            value = tl.load(source, mask=(token < tl.minimum(stored, SINKS))[:, None] & inside, other=0)
+            tl.store(
+                target + token[:, None] * fmt.head_dim, value, (token < tl.minimum(length, SINKS))[:, None] & inside
+            )
+    else:
+        page_index = tl.program_id(0) - 1
+        behind = place + page_index * PAGE
+        coded = tl.minimum(tl.load(state + 1), stored - SINKS)
+        ring = (behind >= coded) & (behind < stored - SINKS)
+        source = rows + (1 + SINKS + behind % fmt.residual_window)[:, None] * fmt.head_dim + d[None, :]
+        result = tl.load(source, mask=ring[:, None] & inside, other=0).to(tl.float32)
+        if page_index * PAGE < coded:
+            page = pages + (head * num_pages + page_index) * fmt.page_bytes + tl.zeros((1,), tl.int64)
+            scales = token_scales(page, page_base(page))
+            y = levels_tile(tl.broadcast_to(page, (PAGE,)), place, levels, fmt, True) * scales[:, None]
+            element, exists = column_element(fmt)
+            if fmt.centred:
+                centre = tl.load(rows + element, mask=exists, other=0).to(tl.float32)
+                y += centre_codes(page, fmt).to(tl.float32) * centre_unit(page)[:, None] + centre[None, :]
+            decoded = unrotated(tl.where(exists[None, :], y, 0.0), matrix, fmt, WIDTH, True)
+            result = tl.where((behind < coded)[:, None], decoded, result)
+        token = (behind + SINKS)[:, None]
+        tl.store(target + token * fmt.head_dim, result.to(out.dtype.element_ty), mask=(token < length) & inside)
+
+
+def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
+    """As `tqc.ops.read`."""
+    fmt = TileFormat.of(PackedFormat.parse(spec))
+    batch, heads = dense.shape[:2]
+    out = torch.empty(batch, heads, length, fmt.head_dim, dtype=dense.dtype, device=dense.device)
+    if out.numel() == 0:
+        return out
+    grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE.value), batch * heads)
+    matrix, levels = rotation(fmt, dense.device, True), fmt.levels(dense.device)
+    read_kernel[grid](
+        pages.contiguous(), dense.contiguous(), state, matrix, levels, out, length, pages.shape[2], fmt, num_warps=4
+    )
+    return out

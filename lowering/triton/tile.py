@@ -1,0 +1,144 @@
+"""Pieces of attention on one tile: products, rotations, scores, the running softmax.
+
+Scores are kept in units of log2 once they are final. `m`, `l` and `acc` are the running maximum, sum of weights and
+weighted sum of values of each query row, all float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tqc.lowering.triton.page import INTERPRET, column_element
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in float32, from operands of one dtype; float32 operands lose nothing that matters (3 TF32 products)."""
+    if INTERPRET:  # its product of bfloat16 numbers is wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def normalized(x, EXACT: tl.constexpr):
+    """`x` [rows, n] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
+    if EXACT:
+        return x, tl.full((x.shape[0],), 1.0, tl.float32)
+    else:
+        peak = tl.max(tl.abs(x), axis=1)
+        return (x / tl.where(peak > 0, peak, 1.0)[:, None]).to(tl.float16), peak
+
+
+@triton.jit
+def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
+    """R q for rows of queries, in the column order of a tile.
+
+    Args:
+        address: pointers to the first element of each row, [rows].
+        valid: which rows there are.
+        rotation: pointer to sqrt(head_dim) R, [head_dim, head_dim], in float16 (float32 with EXACT).
+
+    Returns:
+        R q / factor [rows, columns] in the dtype of `rotation`, factor [rows], and |q|**2 [rows].
+    """
+    CHUNK: tl.constexpr = 32
+    COLUMNS: tl.constexpr = fmt.columns
+    element, exists = column_element(fmt)
+    peak = tl.zeros((address.shape[0],), tl.float32)
+    if EXACT:
+        peak += 1.0
+    else:
+        for start in range(0, fmt.head_dim, CHUNK):
+            d = start + tl.arange(0, CHUNK)[None, :]
+            part = tl.load(address[:, None] + d, mask=valid[:, None] & (d < fmt.head_dim), other=0).to(tl.float32)
+            peak = tl.maximum(peak, tl.max(tl.abs(part), axis=1))
+        peak = tl.where(peak > 0, peak, 1.0)
+    product = tl.zeros((address.shape[0], COLUMNS), tl.float32)
+    energy = tl.zeros((address.shape[0],), tl.float32)
+    for start in range(0, fmt.head_dim, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        inside = d < fmt.head_dim
+        part = tl.load(address[:, None] + d[None, :], mask=valid[:, None] & inside[None, :], other=0).to(tl.float32)
+        energy += tl.sum(part * part, axis=1)
+        matrix = tl.load(
+            rotation + element[None, :] * fmt.head_dim + d[:, None], mask=exists[None, :] & inside[:, None], other=0
+        )
+        product += dot((part / peak[:, None]).to(matrix.dtype), matrix)
+    result, factor = normalized(product, EXACT)
+    return result, factor * peak * (fmt.head_dim**-0.5), energy
+
+
+@triton.jit
+def _times_rotation(x, first, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    """x @ R for columns `first` and on of a tile, without the factor of `rotation`. Halves what shared memory holds."""
+    COLUMNS: tl.constexpr = x.shape[1]
+    if COLUMNS * WIDTH > (16384 if EXACT else 32768):
+        lower, upper = tl.split(x.reshape(x.shape[0], 2, COLUMNS // 2).permute(0, 2, 1))
+        result = _times_rotation_block(lower, first, rotation, fmt, WIDTH)
+        return result + _times_rotation_block(upper, first + COLUMNS // 2, rotation, fmt, WIDTH)
+    else:
+        return _times_rotation_block(x, first, rotation, fmt, WIDTH)
+
+
+@triton.jit
+def _times_rotation_block(x, first, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr):
+    STRIDE: tl.constexpr = 4 * fmt.row_words
+    column = first + tl.arange(0, x.shape[1])
+    d = tl.arange(0, WIDTH)
+    element = column // STRIDE * fmt.row_bytes + column % STRIDE
+    exists = column % STRIDE < fmt.row_bytes
+    matrix = tl.load(
+        rotation + element[:, None] * fmt.head_dim + d[None, :],
+        mask=exists[:, None] & (d < fmt.head_dim)[None, :],
+        other=0,
+    )
+    return dot(x, matrix)
+
+
+@triton.jit
+def unrotated(acc, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    """R' y for rows y in the column order of a tile, float32 [rows, WIDTH] in the natural order."""
+    x, factor = normalized(acc, EXACT)
+    return _times_rotation(x, 0, rotation, fmt, WIDTH, EXACT) * (factor * (fmt.head_dim**-0.5))[:, None]
+
+
+@triton.jit
+def capped(scores, softcap: tl.constexpr):
+    """softcap * tanh(scores / softcap), scores in units of log2; `scores` where `softcap` is 0."""
+    if softcap != 0.0:
+        scores = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / softcap))))
+    return scores
+
+
+@triton.jit
+def masked(scores, mask, row_valid, column, valid, step):
+    """Scores with the mask's added, -inf where not `valid` or masked.
+
+    Args:
+        scores: in units of log2, [rows, n].
+        mask: pointers to each row's first column of the mask (uint8 for a bool one), [rows], or None.
+        row_valid: which rows have a mask, [rows].
+        column: of each score, int64 [n]; step: the mask's stride along columns.
+        valid: [rows or 1, n].
+    """
+    if mask is not None:
+        loaded = tl.load(mask[:, None] + column[None, :] * step, mask=row_valid[:, None] & valid, other=0)
+        if loaded.dtype == tl.uint8:
+            valid = valid & (loaded != 0)
+        else:
+            scores += loaded.to(tl.float32) * LOG2E
+    return tl.where(valid, scores, float("-inf"))
+
+
+@triton.jit
+def softmax_step(scores, m):
+    """Weights of a tile, the factor of what was summed before, and the new maximum."""
+    top = tl.maximum(m, tl.max(scores, axis=1))
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    return tl.exp2(scores - origin[:, None]), tl.exp2(m - origin), top

@@ -1,0 +1,81 @@
+"""How big tiles and launches are: a small table per architecture, and defaults where nothing was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from tqc.format import PAGE_TOKENS, PackedFormat
+
+TABLE = Path(__file__).with_name("tuned.json")
+# More shares than this cost more in joining them than they bring.
+MAX_SHARES = 128
+
+
+@dataclass(frozen=True)
+class Launch:
+    """tile: tokens decoded at once, a multiple of 32. rows: query rows of a program. programs_per_sm: how many programs
+    a share count aims at."""
+
+    tile: int
+    rows: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 2
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for other devices."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """As "sm_90"; "interpreter" for devices other than CUDA."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+@cache
+def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact: bool) -> Launch:
+    """The launch for `rows` query rows to a key/value head (those of all its query heads).
+
+    The table's keys are as "decode d128 k4v2" and "prefill d128 k4v2" (`exact` is never in it); its values are fields
+    of `Launch`.
+    """
+    kind = "prefill" if rows > 64 else "decode"
+    width = max(k_fmt.head_dim, v_fmt.head_dim)
+    block = 64 if rows > 32 else 32 if rows > 16 else 16
+    if kind == "prefill" and not exact and width <= 128:
+        block = 128
+    default = Launch(
+        tile=(32 if width > 128 else 64) if exact or kind == "prefill" or width > 128 else 128,
+        rows=block,
+        num_warps=8 if block == 128 or width > 128 else 4,
+        num_stages=3,
+    )
+    key = f"{kind} d{k_fmt.head_dim} k{k_fmt.bits}v{v_fmt.bits}"
+    tuned = {} if exact else _table().get(arch, {}).get(key, {})
+    return Launch(**{**default.__dict__, **tuned})
+
+
+def shares(launch: Launch, device: torch.device, programs: int, capacity: int) -> int:
+    """Into how many shares the packed tokens of each row block are split, one more counted for the dense tokens.
+
+    Args:
+        programs: blocks of rows times batch times heads.
+        capacity: tokens that the pages can hold: what is stored only the device knows.
+    """
+    wanted = launch.programs_per_sm * multiprocessors(device) // programs
+    most = capacity // max(4 * launch.tile, 8 * PAGE_TOKENS)
+    split = min(wanted, most, MAX_SHARES - 1)
+    return split + 1 if split > 1 else 1

@@ -1,0 +1,169 @@
+"""Quantize and append of the Triton provider against the reference, on a GPU or in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tqc import ops
+from tqc.format import PackedFormat
+
+pytest.importorskip("triton")
+from tqc.lowering.triton.append import append, append_pair  # noqa: E402
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPSILON = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # NaNs, in the interpreter
+
+drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+
+formats = st.builds(
+    PackedFormat,
+    head_dim=st.sampled_from([8, 64, 72, 80, 96, 112, 128, 256]),
+    bits=st.integers(1, 8),
+    centred=st.booleans(),
+    sink_tokens=st.sampled_from([0, 3, 4, 20]),
+    residual_window=st.sampled_from([32, 64]),
+    rotation=st.sampled_from(["hadamard", "hadamard", "haar"]),
+    seed=st.integers(0, 1),
+)
+
+
+def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
+    """Empty parts full of NaNs and set bits: what was not written must not be read."""
+    return [
+        torch.full((batch, heads, -(-capacity // 32), fmt.page_bytes), 255, dtype=torch.uint8, device=device),
+        torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device),
+        torch.zeros(2, dtype=torch.int64, device=device),
+    ]
+
+
+def assert_same(ours, theirs, fmt):
+    """Equal state, equal dense rows, and pages that decode alike."""
+    ours = [part.cpu() for part in ours]
+    assert torch.equal(ours[2], theirs[2])
+    length, pages = int(ours[2][0]), int(ours[2][1]) // 32
+    dtype = theirs[1].dtype
+    tolerance = EPSILON[dtype]
+    centre, expected = ours[1].float(), theirs[1].float()
+    scale = expected.nan_to_num(0, 0, 0).abs().max().item()
+    torch.testing.assert_close(centre, expected, atol=tolerance * max(scale, 1.0), rtol=0, equal_nan=True)
+    a, b = ops.read(*ours, length, str(fmt)).float(), ops.read(*theirs, length, str(fmt)).float()
+    assert torch.equal(a.isnan(), b.isnan())
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    # A value on the boundary between two levels may get another code; what another page centre moves, codes make up for.
+    assert (a - b).norm() <= 2 * tolerance * max(b.norm().item(), 1.0) + 0.05 * fmt.head_dim**-0.5 * b.norm()
+    empty = (theirs[0] == 255).all(-1)
+    assert (ours[0][empty] == 255).all()
+    if pages:
+        codes = fmt.planes[0][2]
+        same = ours[0][:, :, :pages, codes:] == theirs[0][:, :, :pages, codes:]
+        assert same.float().mean() >= (0.998 if dtype is torch.float32 else 0.9)
+        gap = slice(fmt.centre_offset + fmt.head_dim // 2 * fmt.centred, codes)
+        assert not ours[0][:, :, :pages, gap].any() and not ours[0][:, :, :pages, 8:16].any()
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=15)
+def test_append_stores_what_the_reference_stores(triton_device, data):
+    fmt = data.draw(formats)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    ours = make_store(batch, heads, 800, fmt, dtype, triton_device)
+    theirs = make_store(batch, heads, 800, fmt, dtype)
+    for _ in range(data.draw(st.integers(1, 4))):
+        count = data.draw(st.sampled_from([0, 1, 1, 5, 31, 64, 110]))
+        new = torch.randn(batch, heads, count, fmt.head_dim, generator=generator) * 3 + 1
+        if count and data.draw(st.booleans()):
+            new[:, :, data.draw(st.integers(0, count - 1))] = data.draw(st.sampled_from([0.0, math.nan, math.inf, 1e4]))
+        new = new.to(dtype)
+        if data.draw(st.booleans()):
+            new = new.transpose(1, 2).contiguous().transpose(1, 2)
+        length = int(theirs[2][0])
+        start = data.draw(st.sampled_from([None, length, max(0, length - 40), length // 2, length + 7, length + 90]))
+        start = None if start is None else torch.tensor([start, 123])
+        ops.append(*theirs, new, start, str(fmt))
+        append(*ours, new.to(triton_device), None if start is None else start.to(triton_device), str(fmt))
+        assert_same(ours, theirs, fmt)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pages_are_the_references_bytes(triton_device, bits):
+    fmt = PackedFormat(128, bits, centred=True)
+    new = torch.randn(1, 2, 300, 128, generator=torch.Generator().manual_seed(bits))
+    ours, theirs = make_store(1, 2, 300, fmt, torch.float32, triton_device), make_store(1, 2, 300, fmt, torch.float32)
+    ops.append(*theirs, new, None, str(fmt))
+    append(*ours, new.to(triton_device), None, str(fmt))
+    pages = [store[0][:, :, 1 : int(theirs[2][1]) // 32].cpu() for store in (ours, theirs)]
+    # The first page's own mean is what the head's centre leaves of it: rounding noise.
+    assert (pages[0][..., 16:] == pages[1][..., 16:]).float().mean() >= 0.999
+    heads = [part[..., :8].contiguous().view(torch.float32) for part in pages]
+    assert torch.isclose(*heads, rtol=1e-4).float().mean() >= 0.98
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=5)
+def test_how_tokens_are_split_over_calls_leaves_no_trace(triton_device, data):
+    fmt = data.draw(formats)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    cuts = sorted(data.draw(st.lists(st.integers(0, 190), min_size=1, max_size=4)))
+    tokens = torch.randn(1, 2, 190, fmt.head_dim, generator=torch.Generator().manual_seed(len(cuts))).to(dtype)
+    tokens = tokens.to(triton_device)
+    whole, parts = (make_store(1, 2, 190, fmt, dtype, triton_device) for _ in range(2))
+    append(*whole, tokens, None, str(fmt))
+    for begin, end in zip([0, *cuts], [*cuts, 190], strict=True):
+        append(*parts, tokens[:, :, begin:end], None, str(fmt))
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[2], parts[2])
+    assert torch.equal(whole[1].view(torch.uint8), parts[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize("counts", [(1, 60, 1, 1), (150, 1)])
+def test_keys_and_values_at_once(triton_device, counts):
+    generator = torch.Generator().manual_seed(0)
+    k_fmt, v_fmt = PackedFormat(64, 4, True), PackedFormat(80, 2, False, residual_window=32)
+    k, v = (make_store(2, 2, 200, fmt, torch.bfloat16, triton_device) for fmt in (k_fmt, v_fmt))
+    alone = [[part.clone() for part in store] for store in (k, v)]
+    for count in counts:
+        key = torch.randn(2, count, 2, 64, generator=generator).bfloat16().transpose(1, 2).to(triton_device)
+        value = torch.randn(2, 2, count, 80, generator=generator).bfloat16().to(triton_device)
+        append_pair(*k, key, *v, value, None, str(k_fmt), str(v_fmt))
+        append(*alone[0], key, None, str(k_fmt))
+        append(*alone[1], value, None, str(v_fmt))
+    for ours, theirs in zip([*k, *v], [*alone[0], *alone[1]], strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_arguments_that_do_not_fit_are_refused(triton_device):
+    fmt = PackedFormat(64, 3, True)
+    store = make_store(1, 2, 64, fmt, torch.float32, triton_device)
+    new = torch.zeros(1, 2, 1, 64, device=triton_device)
+    with pytest.raises(ValueError, match="does not fit"):
+        append(*store, new[:, :1], None, str(fmt))
+    with pytest.raises(ValueError, match="dtype"):
+        append(*store, new.half(), None, str(fmt))
+    with pytest.raises(ValueError, match="spec"):
+        append(*store, new, None, str(PackedFormat(128, 3, True)))
+    with pytest.raises(ValueError, match="contiguous"):
+        append(store[0].transpose(0, 1).contiguous().transpose(0, 1)[:, :, ::1], *store[1:], new, None, str(fmt))
+    with pytest.raises(ValueError, match="same tokens"):
+        append_pair(*store, new, *store, new[:, :, :0], None, str(fmt), str(fmt))
+    assert store[2].tolist() == [0, 0]
+
+
+def test_what_has_no_room_is_not_written(triton_device):
+    """The number of stored tokens is on the device: nothing can be raised, but no other memory may be hit."""
+    fmt = PackedFormat(64, 2, False, sink_tokens=0, residual_window=32)
+    memory = torch.full((1, 1, 8, fmt.page_bytes), 77, dtype=torch.uint8, device=triton_device)
+    store = make_store(1, 1, 32, fmt, torch.float32, triton_device)
+    store[0] = memory[:, :, :2]
+    tokens = torch.randn(1, 1, 300, 64, generator=torch.Generator().manual_seed(0)).to(triton_device)
+    try:
+        append(*store, tokens, None, str(fmt))
+    except Exception as error:  # the interpreter checks what the device leaves unchecked
+        assert "pages are full" in str(error)
+    assert (memory[:, :, 2:] == 77).all()
