@@ -149,11 +149,7 @@ def _matrix_loop(code: list[tuple[str, str, str | None]]) -> list[tuple[str, str
         target = re.search(r"\.L_\w+", operands) if name.startswith("BRA") else None
         if target and at.get(target[0], end + 1) <= end:
             loops.append((at[target[0]], end + 1))
-    holds = [
-        loop
-        for loop in loops
-        if _mix(code[slice(*loop)])["matrix"] and _mix(code[slice(*loop)])["load"]
-    ]
+    holds = [loop for loop in loops if _mix(code[slice(*loop)])["matrix"] and _mix(code[slice(*loop)])["load"]]
     inner = [a for a in holds if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in holds)]
     return code[slice(*max(inner, key=lambda loop: loop[1] - loop[0]))] if inner else []
 

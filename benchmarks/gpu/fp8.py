@@ -104,9 +104,7 @@ def _split(
 
 
 @triton.jit
-def _merge(
-    partial, lse, out, splits, group: tl.constexpr, SPLITS: tl.constexpr, dim: tl.constexpr, D: tl.constexpr
-):
+def _merge(partial, lse, out, splits, group: tl.constexpr, SPLITS: tl.constexpr, dim: tl.constexpr, D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column, split = tl.arange(0, D), tl.arange(0, SPLITS)
     at = (row // group * splits + split) * group + row % group

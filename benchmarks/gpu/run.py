@@ -105,7 +105,9 @@ def _work(arguments: argparse.Namespace) -> None:
 
     with arguments.out.open("w") as file:
         try:
-            for row in SECTIONS[arguments.worker](arguments.device, arguments.quick, lambda: deadline - time.monotonic()):
+            for row in SECTIONS[arguments.worker](
+                arguments.device, arguments.quick, lambda: deadline - time.monotonic()
+            ):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
         except Exception:

@@ -93,7 +93,8 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
 
 
 def _launch(tensors: list, start: Tensor | None) -> None:
-    arguments, formats = [], []
+    arguments: list[tuple | None] = []
+    formats: list[PackedFormat | None] = []
     for pages, dense, state, new, fmt in tensors:
         tables = _tables(fmt, new.dtype, new.device)
         arguments.append((pages, pages.shape[2], dense, state, new, new.stride(), *tables))
