@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from tqc.format import PackedFormat
+from tqc.quantizer import fold
 from tqc.storage import Storage
 
 aten = torch.ops.aten
@@ -159,11 +160,14 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return NotImplemented
     if any(t.dtype != first.dtype or t.shape[:2] != first.shape[:2] for t in rest):
         return NotImplemented
-    return extend(first, torch.cat(rest, dim=2) if len(rest) > 1 else rest[0])
+    return extend(first, fold(torch.cat(rest, dim=2), first.fmt))
 
 
 def extend(past: PackedTensor, new: Tensor, append: Append = torch.ops.tqai.append) -> PackedTensor:
-    """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further."""
+    """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further.
+
+    Here and below, new tokens come as the format holds them: rotated where it is folded.
+    """
     length = past.shape[2]
     count = new.shape[2]
     storage = past.storage.writable(length)
@@ -249,7 +253,7 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
         return NotImplemented
     if first < 0 or first + len(index) > x.shape[2]:
         raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
-    write_at(x, source, index)
+    write_at(x, fold(source, x.fmt), index)
     return x
 
 

@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tqc import packed_tensor, preallocated
+from tqc import packed_tensor, preallocated, quantizer
+from tqc.folded_weights import folded_weights
 from tqc.format import PackedFormat
 from tqc.packed_tensor import PackedTensor
 from tqc.storage import Storage
@@ -172,5 +173,15 @@ def attend(
     return out
 
 
+def fold(new: Tensor, spec: str) -> Tensor:
+    """Values as a folded cache takes them, where the layer that made them is not folded."""
+    return quantizer.fold(new, PackedFormat.parse(spec)).contiguous()
+
+
+def unfold(output: Tensor, spec: str) -> Tensor:
+    """Inverse of `fold`, for the output of attention, laid out as `attend` does."""
+    return quantizer.unfold(output, PackedFormat.parse(spec)).transpose(1, 2).contiguous().transpose(1, 2)
+
+
 # Calls that stay outside the compiled regions.
-BOUNDARY = frozenset({pack, pack_at, adopt, read, attend_extend, attend_write, attend})
+BOUNDARY = frozenset({pack, pack_at, adopt, read, attend_extend, attend_write, attend, fold, unfold, folded_weights})
