@@ -96,6 +96,7 @@ def attend_kernel(
     BLOCK_PAGES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    DENSE_TILE: tl.constexpr,
 ):
     """See `tqc.ops.attend`. Grid: (blocks of rows, batch * heads, SHARES).
 
@@ -232,8 +233,8 @@ def attend_kernel(
         k_slots = k_dense + (b * heads + h) * (k_fmt.dense_rows * k_fmt.head_dim) + k_fmt.head_dim
         v_slots = v_dense + (b * heads + h) * (v_fmt.dense_rows * v_fmt.head_dim) + v_fmt.head_dim
         WINDOW: tl.constexpr = k_fmt.residual_window
-        for at in range(0, k_fmt.sink_tokens + WINDOW, TILE):
-            slot = at + tl.arange(0, TILE)
+        for at in range(0, k_fmt.sink_tokens + WINDOW, DENSE_TILE):
+            slot = at + tl.arange(0, DENSE_TILE)
             behind = slot - k_fmt.sink_tokens - packed.to(tl.int32) % WINDOW
             recent = k_fmt.sink_tokens + packed + tl.where(behind < 0, behind + WINDOW, behind)
             column = tl.where(slot < k_fmt.sink_tokens, slot, recent).to(tl.int64)
@@ -256,8 +257,8 @@ def attend_kernel(
             end = new
             if CAUSAL:  # the last row of the block sees no further
                 end = tl.minimum(new, (tl.program_id(0) * ROWS + ROWS - 1) // group + 1 + new - rows)
-            for at in range(0, end, TILE):
-                j = at + tl.arange(0, TILE)
+            for at in range(0, end, DENSE_TILE):
+                j = at + tl.arange(0, DENSE_TILE)
                 inside = j < new
                 address = j.to(tl.int64)[:, None]
                 keys = tl.load(keys_of + address * key_strides[2] + d_k[None, :], inside[:, None] & k_inside, other=0)
