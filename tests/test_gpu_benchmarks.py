@@ -47,6 +47,7 @@ def test_packed_cache_is_one(scripts):
 
 def test_tuning_takes_the_fastest_and_keeps_other_entries(scripts, tmp_path):
     import tune
+
     from tqc.lowering.triton.tuning import Launch
 
     launches = list(tune.candidates("decode", Launch(64, 16, 4, 2)))

@@ -142,7 +142,7 @@ def _instructions(sass: str) -> list[tuple[str, str, str | None]]:
 
 
 def _matrix_loop(code: list[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
-    """The longest of the innermost loops that load from memory and hold a matrix instruction; empty if there is none."""
+    """The longest innermost loop that loads from memory and holds a matrix instruction; empty if there is none."""
     at = {label: index for index, (_, _, label) in enumerate(code) if label}
     loops = []
     for end, (name, operands, _) in enumerate(code):
