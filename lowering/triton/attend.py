@@ -22,7 +22,7 @@ from tqc.lowering.triton.page import (
     page_base,
     token_scales,
 )
-from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, softmax_step, unrotated
+from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, opaque, rotated, softmax_step, unrotated
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def attend_kernel(
             inside = place < coded - tile * TILE
             pages = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
             page = _page_address(k_pages, index_of, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
-            scales = tl.where(inside, token_scales(pages, page_base(pages)), 0.0)
+            scales = token_scales(pages, page_base(pages))
             levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
             scores = dot(q, levels.T) * scales[None, :]
             if k_fmt.centred:
@@ -195,6 +195,8 @@ def attend_kernel(
                 base *= tl.where(unit > 0, 1.0 / unit, 0.0)
             scales = tl.where(inside, token_scales(pages, base), 0.0)
             levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
+            if not EXACT:
+                levels = opaque(levels)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
             of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit
             if v_fmt.centred:

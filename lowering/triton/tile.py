@@ -26,6 +26,16 @@ def dot(a, b):
 
 
 @triton.jit
+def opaque(x):
+    """`x`, float16, itself. A product takes its operands in an order that suits how they were computed; where that
+    costs more than it saves, this hides it (as an effect, which the search for it stops at)."""
+    if INTERPRET:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
+
+
+@triton.jit
 def normalized(x, EXACT: tl.constexpr):
     """`x` [rows, n] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
     if EXACT:

@@ -68,10 +68,10 @@ def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact
     # Registers bound the tile: they hold its levels. Shared memory bounds the dense tile, which is not packed.
     large = exact or width > 128
     default = Launch(
-        tile=32 if large and width > 128 else 64,
-        dense_tile=16 if large else 64 if kind == "prefill" else 32,
+        tile=32 if exact and width > 128 else 64,
+        dense_tile=16 if large else 32,
         rows=block,
-        num_warps=8 if block == 64 and width > 128 else 4,
+        num_warps=8 if block == 64 or width > 128 else 4,
         num_stages=2 if large else 3,
         # Three programs of four warps to a multiprocessor where two would fit.
         programs_per_sm=3 if block == 16 and not large else 2,
