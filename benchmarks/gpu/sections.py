@@ -11,6 +11,7 @@ import fp8
 import torch
 import torch.nn.functional as F
 from measure import SETTINGS, SHAPES, Shape, Timer, captured, copy_bandwidth, formats, packed_bytes, packed_cache
+from precompile import compile_all, jobs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
@@ -27,18 +28,37 @@ LENGTHS = (4096, 16384, 32768, 131072)
 DTYPE = torch.bfloat16
 
 
+def checks(quick: bool) -> list[tuple[Shape, tuple[int, int], torch.dtype, int, int]]:
+    """(shape, bits, dtype, query rows, tokens) of each check of `numerics`."""
+    if quick:
+        tiny = Shape("tiny", 4, 2, 64)
+        return [(tiny, (4, 2), torch.float32, 1, 150), (tiny, (4, 2), torch.bfloat16, 1, 150)]
+    settings = [(shape, bits) for shape in SHAPES[:1] for bits in (*SETTINGS, (8, 8), (5, 6), (2, 1))]
+    settings += [(shape, (4, 2)) for shape in (*SHAPES[1:], Shape("odd", 8, 4, 96))]
+    result = [(*setting, torch.bfloat16, rows, 700) for setting in settings for rows in (1, 3, 200)]
+    return result + [(shape, (4, 2), torch.float32, rows, 700) for shape in SHAPES[::3] for rows in (1, 200)]
+
+
+def points() -> list[tuple[Shape, int, int]]:
+    """(shape, tokens, batch) of `decode`; what matters most comes first: a run that ends early has it."""
+    every = [(shape, tokens, batch) for shape in SHAPES for tokens in LENGTHS for batch in BATCHES]
+    return sorted(every, key=lambda p: (p[1] not in (4096, 32768), p[0] != SHAPES[0], p[0] != SHAPES[1]))
+
+
+def compile_kernels(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]:
+    """Fill Triton's cache for the sections below, on all cores."""
+    major, minor = torch.cuda.get_device_capability()
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    todo = jobs(["numerics", "decode", "append"], checks(quick), points()[:2] if quick else points(), sms)
+    yield from compile_all(todo, 10 * major + minor, sms, left)
+
+
 def numerics(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]:
-    """Every op against the reference, on the CPU, in float32 and bfloat16."""
-    shapes = ((4, 2, 64),) if quick else ((32, 8, 128), (28, 4, 128), (16, 8, 256), (9, 3, 64), (8, 4, 96))
-    for query_heads, heads, head_dim in shapes:
-        for k_bits, v_bits in SETTINGS[:1] if quick else (*SETTINGS, (8, 8), (5, 6), (2, 1)):
-            for dtype in (torch.float32, torch.bfloat16):
-                for rows in (1,) if quick else (1, 3, 200):
-                    if left() < 5:
-                        raise TimeoutError("not every check was made")
-                    yield _check(
-                        query_heads, heads, head_dim, k_bits, v_bits, dtype, rows, device, 150 if quick else 700
-                    )
+    """Every op against the reference, which runs on the CPU."""
+    for shape, bits, dtype, rows, tokens in checks(quick):
+        if left() < 5:
+            raise TimeoutError("not every check was made")
+        yield _check(shape.query_heads, shape.heads, shape.head_dim, *bits, dtype, rows, device, tokens)
 
 
 def _check(
@@ -100,10 +120,7 @@ def decode(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]
     timer = Timer()
     bandwidth = copy_bandwidth(timer)
     yield {"copy_bytes_per_second": bandwidth}
-    points = [(shape, length, batch) for shape in SHAPES for length in LENGTHS for batch in BATCHES]
-    # The points that matter most come first: a run that ends early has them.
-    points.sort(key=lambda point: (point[1] not in (4096, 32768), point[0] != SHAPES[0], point[0] != SHAPES[1]))
-    for shape, length, batch in points[:2] if quick else points:
+    for shape, length, batch in points()[:2] if quick else points():
         if left() < 10:
             yield {"skipped": f"{shape.model}, {length} tokens, batch {batch}: no time left"}
             continue
@@ -292,6 +309,7 @@ def _generate(cache: str, layers: int, length: int, batch: int, steps: int) -> R
 
 
 SECTIONS: dict[str, Callable[[str, bool, Callable[[], float]], Iterator[Row]]] = {
+    "compile": compile_kernels,
     "numerics": numerics,
     "decode": decode,
     "append": append,

@@ -1,6 +1,6 @@
 """Find the fastest tiles and launches on this GPU and write them to lowering/triton/tuned.json, which the kernels read.
 
-    python benchmarks/gpu/tune.py                               all settings, decoding and prefill: mostly compiling, an hour
+    python benchmarks/gpu/tune.py                     all settings, decoding and prefill: mostly compiling, an hour
     python benchmarks/gpu/tune.py --kinds decode --head-dims 128 --settings 42 33
 
 Only this architecture's part of the file changes. A setting is written if it is at least 2 % faster than the defaults.
