@@ -9,6 +9,7 @@ A provider has
 
 and may have
 
+    FOLDED = True                               if these take folded formats; without it, none reaches them
     append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start, k_spec, v_spec)
                                                 append of keys and values in one launch
 """
@@ -37,6 +38,8 @@ def choose(
     for name in PROVIDERS if requested == "auto" else (requested,):
         provider = importlib.import_module(f"tqc.lowering.{name}")
         reason = provider.supported() or provider.accepts(k_fmt, v_fmt, dtype, device_type)
+        if v_fmt.folded and not getattr(provider, "FOLDED", False):
+            reason = reason or "takes no folded values"
         if reason is None:
             return name, refusals
         refusals.append(f"{name}: {reason}")

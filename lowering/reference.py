@@ -7,9 +7,10 @@ import torch
 from tqc.format import PackedFormat
 from tqc.ops import append, attend, read
 
-__all__ = ["NAME", "accepts", "append", "attend", "read", "supported"]
+__all__ = ["FOLDED", "NAME", "accepts", "append", "attend", "read", "supported"]
 
 NAME = "reference"
+FOLDED = True
 
 
 def supported() -> str | None:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from tqc.config import Config
 from tqc.passes.edit import erase_unused_sizes
+from tqc.passes.fold_rotation import fold_rotation
 from tqc.passes.fuse_attention import fuse_attention
 from tqc.passes.pack_cache import pack_cache
 from tqc.passes.plan import Plan, make_plan
@@ -22,7 +23,8 @@ from tqc.passes.read_cache import read_cache
 log = logging.getLogger(__name__)
 
 PASSES: list[Callable[[GraphModule, Plan], int]] = [
-    fuse_attention,  # first: it needs the cache writes as the model spelled them
+    fold_rotation,  # first: it changes which nodes are a site's values and output
+    fuse_attention,  # before the others: it needs the cache writes as the model spelled them
     pack_cache,  # caches that start in this graph
     read_cache,  # last: whatever still reads a packed cache as if it were dense
 ]

@@ -27,7 +27,7 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
     Where the cache is preallocated, `k_cache.index_copy_(2, positions, key)` and the attention become `attend_write`;
     where it is only read, or another site has extended it in this call, the attention becomes `attend`.
 
-    Must run first: it needs the cache writes as the model spelled them.
+    Must run before `pack_cache` and `read_cache`: it needs the cache writes as the model spelled them.
     """
     sites = plan.with_action(FUSE)
     extended: dict[Node, Node] = {}

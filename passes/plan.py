@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqc.lowering import choose
 from tqc.passes.find_attention import SDPA, Attention, find_attention
 from tqc.passes.find_cache import CacheWrite, find_cache
 from tqc.passes.find_eager_attention import MATMUL
+from tqc.passes.find_projections import Projection, find_output_projection, find_value_projection
 from tqc.passes.graph import calls, rearranges, value
 
 # What becomes of a site.
@@ -36,6 +37,8 @@ class Site:
     k_fmt: PackedFormat | None = None
     v_fmt: PackedFormat | None = None
     provider: str = ""
+    v_proj: Projection | None = None  # layers that the rotation of V is folded into, where `v_fmt` is folded
+    o_proj: Projection | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,11 +122,39 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         action = PACK
     if site.reason:
         return
+    site.action = action
+    if config.fold_values or (site.v_fmt and site.v_fmt.folded):
+        _fold(site, config)
     query = value(attention.query)
     assert site.k_fmt and site.v_fmt
     site.provider, refusals = choose(site.k_fmt, site.v_fmt, query.dtype, query.device.type, config.provider)
-    site.notes = refusals
-    site.action = action
+    site.notes += refusals
+
+
+def _fold(site: Site, config: Config) -> None:
+    """Decide whether the rotation of V is folded into weights: for both layers or, where the cache is folded already,
+    for each alone. Where it is not, the vectors themselves are rotated."""
+    assert site.value and site.v_fmt
+    if site.action == FUSE and not site.v_fmt.folded:
+        site.notes.append("values not folded: the cache holds them as they are")
+        return
+    if not config.fold_values:
+        site.notes.append("values rotated outside of the kernel: the cache came folded, and fold_values is off")
+        return
+    if site.action == PACK and (site.value.kind != "grow" or site.value.past is not None):
+        site.notes.append("values not folded: the cache holds dense ones, or is preallocated")
+        return
+    v_proj = find_value_projection(site.attention, site.value) if site.value.new else None
+    o_proj = find_output_projection(site.attention)
+    reasons = [found for found in (v_proj, o_proj) if isinstance(found, str)]
+    if site.action == PACK and reasons:
+        site.notes.append(f"values not folded: {'; '.join(reasons)}")
+        return
+    site.v_proj = v_proj if isinstance(v_proj, Projection) else None
+    site.o_proj = o_proj if isinstance(o_proj, Projection) else None
+    site.v_fmt = replace(site.v_fmt, folded=True)
+    rest = f"partly, {'; '.join(reasons)}" if reasons else "into weights"
+    site.notes.append(f"values folded {rest}")
 
 
 def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
@@ -171,6 +202,8 @@ def _why_not_fused(site: Site) -> str | None:
             torch.float16,
         ):
             return f"attn_mask is {value(mask.node).dtype}"
+    if site.key.kind == "write" and site.v_fmt and site.v_fmt.folded:
+        return "the values of a preallocated cache are folded"
     if site.key.kind == "write":
         return _why_not_preallocated(site)
     return None

@@ -149,6 +149,7 @@ def test_repeated_layers_are_compiled_once(monkeypatch):
     model.compile(backend="tqai", options={**EAGER, "rest": "inductor"})
     assert torch.equal(generate(model), dense)
     assert len(compiled) == 3, "before the first attention, between two, after the last: for decoding alone"
+    assert [cpp_wrapper for *_, cpp_wrapper in compiled].count(True) == 1, "only what runs once a layer"
 
 
 def test_a_graph_without_a_cache_is_left_alone():

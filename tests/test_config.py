@@ -23,6 +23,7 @@ def test_presets_are_valid_and_options_override_them():
         ({"bits_k": 4.0}, TypeError, "bits_k must be an int, got 4.0"),
         ({"bits_k": True}, TypeError, "bits_k must be an int, got True"),
         ({"bits_k": 16}, ValueError, "must both be 16 or neither; got bits_k=16, bits_v=3"),
+        ({"fold_values": 1}, TypeError, "fold_values must be True or False, got 1"),
         ({"residual_window": 50}, ValueError, "residual_window must be a positive multiple of 32, got 50"),
         ({"sink_tokens": -1}, ValueError, "sink_tokens must be at least 0, got -1"),
         ({"rotation": "fourier"}, ValueError, "rotation must be one of hadamard, haar; got 'fourier'"),

@@ -88,6 +88,7 @@ FORMATS = st.builds(
     residual_window=st.integers(1, 16).map(lambda n: 32 * n),
     rotation=st.sampled_from(["hadamard", "haar"]),
     seed=st.integers(0, 2**64 - 1),
+    folded=st.booleans(),
 )
 
 
@@ -99,6 +100,7 @@ def test_spec_string_round_trip(fmt):
 def test_spec_string_is_stable():
     assert str(PackedFormat(64, 3, True)) == "tq1:d64:b3:centred:s4:w64:hadamard:0"
     assert str(PackedFormat(128, 8, False, 0, 32, "haar", 9)) == "tq1:d128:b8:plain:s0:w32:haar:9"
+    assert str(PackedFormat(64, 3, False, folded=True)) == "tq1:d64:b3:plain:s4:w64:hadamard:0:folded"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,9 @@ def test_spec_string_is_stable():
         ("tq1", "malformed"),
         ("tq1:d64:b3:centred:s4:w64:hadamard", "malformed"),
         ("tq1:d64:b3:centred:s4:w64:hadamard:0:0", "malformed"),
+        ("tq1:d64:b3:plain:s4:w64:hadamard:0:fold", "malformed"),
+        ("tq1:d64:b3:plain:s4:w64:hadamard:0:folded:folded", "malformed"),
+        ("tq1:d64:b3:plain:s4:w64:hadamard:folded", "malformed"),
         ("tq1:64:b3:centred:s4:w64:hadamard:0", "malformed"),
         ("tq1:d64:b3:central:s4:w64:hadamard:0", "malformed"),
         ("tq1:d:b3:centred:s4:w64:hadamard:0", "malformed"),

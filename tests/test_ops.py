@@ -10,9 +10,11 @@ from torch._dynamo.utils import ReinplaceCounters
 
 from tqc import codebook, ops
 from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.quantizer import fold, unfold
 
 CENTRED = PackedFormat(64, 4, True)
 PLAIN = PackedFormat(64, 4, False)
+FOLDED = PackedFormat(64, 4, False, folded=True)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -114,6 +116,24 @@ def test_dtypes(dtype):
     assert out.dtype == dtype
     assert (out - x).float().square().mean() < 0.011
     assert torch.equal(out[:, :, -33:], x[:, :, -33:])
+
+
+@pytest.mark.parametrize("length", [3, 60, 100, 200, 330])
+def test_folded_values_are_the_same_in_another_basis(length):
+    """Rotated values in, rotated output out; what is read is not rotated. A page that is cut goes back rotated."""
+    keys, values = normal(1, 2, 330, 64), normal(1, 2, 330, 64, seed=1)
+    k, plain, folded = filled(keys, CENTRED), filled(values, PLAIN), filled(fold(values, FOLDED), FOLDED)
+    start, (query, key, value) = torch.tensor([length]), (normal(1, 2, 1, 64, seed=seed) for seed in (2, 3, 4))
+    out = [
+        ops.attend(query, *k, *v, key, v_new, None, None, start, 0.125, 0.0, False, str(CENTRED), str(fmt))[0]
+        for v, v_new, fmt in ((plain, value, PLAIN), (folded, fold(value, FOLDED), FOLDED))
+    ]
+    torch.testing.assert_close(unfold(out[1], FOLDED), out[0], atol=1e-5, rtol=0)
+    assert (out[1] - out[0]).abs().max() > 0.1
+    ops.append(*plain, value, start, str(PLAIN))
+    ops.append(*folded, fold(value, FOLDED), start, str(FOLDED))
+    actual, expected = (ops.read(*v, length + 2, str(fmt)) for v, fmt in ((folded, FOLDED), (plain, PLAIN)))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 class TestAppendAtStart:

@@ -38,6 +38,9 @@ class Config:
         residual_window: recent tokens that stay dense at most, a multiple of 32.
         rotation: "hadamard" or "haar".
         seed: of the rotation.
+        fold_values: multiply the weights around attention by the rotation of V, where the graph shows both, so that
+            no kernel rotates values. It keeps a second copy of those weights, made anew when a weight changes (an edit
+            through `weight.data`, which torch does not count, is seen at the next prompt).
         skip_layers: attention layers whose cache stays dense, counted in graph order; negative from the end.
         provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
         rest: what runs the rest of the graph: "inductor" or "eager" (starts in seconds).
@@ -50,6 +53,7 @@ class Config:
     residual_window: int = 96
     rotation: str = "hadamard"
     seed: int = 0
+    fold_values: bool = False
     skip_layers: tuple[int, ...] = ()
     provider: str = "auto"
     rest: str = "inductor"
@@ -60,6 +64,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
+        if not isinstance(self.fold_values, bool):
+            raise TypeError(f"fold_values must be True or False, got {self.fold_values!r}")
         for name in ("bits_k", "bits_v"):
             value = getattr(self, name)
             if not (1 <= value <= 8 or value == OFF):

@@ -4,7 +4,8 @@ One packed tensor of shape [batch, num_key_value_heads, length, head_dim] is hel
 
 - `pages`, uint8 [batch, heads, num_pages, page_bytes]: the packed tokens, 32 to a page;
 - `dense`, model dtype [batch, heads, 1 + sink_tokens + residual_window, head_dim]: row 0 is the head's centre
-  (rotated), then the first `sink_tokens` tokens, then a ring of the most recent ones, as they came (not rotated);
+  (rotated), then the first `sink_tokens` tokens, then a ring of the most recent ones, as they came (not rotated,
+  unless the format is `folded`);
 - `state`, int64 [2]: how many tokens there are, and how many of them are packed.
 
 Token t >= sink_tokens has the packed index u = t - sink_tokens. It lives in page u // 32 if u < packed, else in the
@@ -47,6 +48,9 @@ class PackedFormat:
             `residual_window - 31` do.
         rotation: "hadamard" or "haar".
         seed: of the rotation, below 2**64.
+        folded: whether the model itself makes the vectors rotated, by weights that the rotation was folded into
+            (values): then dense rows hold them so, and packing does not rotate. Only `read` gives them back as the
+            model without folding makes them.
     """
 
     head_dim: int
@@ -56,6 +60,7 @@ class PackedFormat:
     residual_window: int = 64
     rotation: str = "hadamard"
     seed: int = 0
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim < 8 or self.head_dim % 8:
@@ -82,7 +87,7 @@ class PackedFormat:
         kind = "centred" if self.centred else "plain"
         return (
             f"tq{FORMAT_VERSION}:d{self.head_dim}:b{self.bits}:{kind}:s{self.sink_tokens}:w{self.residual_window}"
-            f":{self.rotation}:{self.seed}"
+            f":{self.rotation}:{self.seed}{':folded' if self.folded else ''}"
         )
 
     @staticmethod
@@ -97,13 +102,15 @@ class PackedFormat:
         if parts[0] != f"tq{FORMAT_VERSION}":
             raise ValueError(f"spec {spec!r} is not of packed format version {FORMAT_VERSION}")
         try:
-            _, d, b, kind, s, w, rot, seed = parts
+            _, d, b, kind, s, w, rot, seed, *folded = parts
             if (d[0], b[0], s[0], w[0]) != ("d", "b", "s", "w") or kind not in ("centred", "plain"):
                 raise ValueError
-            numbers = [int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed)]
+            if folded not in ([], ["folded"]):
+                raise ValueError
+            head_dim, bits, sinks, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
         except (ValueError, IndexError):
             raise ValueError(f"malformed spec {spec!r}") from None
-        return PackedFormat(numbers[0], numbers[1], kind == "centred", numbers[2], numbers[3], rot, numbers[4])
+        return PackedFormat(head_dim, bits, kind == "centred", sinks, window, rot, number, bool(folded))
 
     @cached_property
     def planes(self) -> tuple[tuple[int, int, int], ...]:

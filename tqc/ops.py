@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.quantizer import decode_pages, encode_pages, head_centre, token_scales, unrotate
+from tqc.quantizer import decode_pages, decoded, encode_pages, head_centre, token_scales, unfold
 
 NAMESPACE = "tqai"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -42,7 +42,7 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
         pages: uint8 [batch, heads, num_pages, page_bytes], with room for every token that will be packed.
         dense: [batch, heads, 1 + sink_tokens + residual_window, head_dim].
         state: int64 [2], (length, packed).
-        new: [batch, heads, n, head_dim], in dense's dtype.
+        new: [batch, heads, n, head_dim], in dense's dtype; rotated if the format is folded.
         start: position of the first new token, int64 [1 or more] of which the first counts, or None for `length`.
             A smaller one than `length` drops the stored tokens from there on; a larger one fills the gap with zeros.
         spec: `str` of the `PackedFormat`.
@@ -93,16 +93,21 @@ def rewind(pages: Tensor, dense: Tensor, packed: int, length: int, fmt: PackedFo
         page = packed // PAGE_TOKENS
         y = decode_pages(pages[:, :, page : page + 1], dense[:, :, 0], fmt)
         slot = 1 + fmt.sink_tokens + packed % fmt.residual_window
-        dense[:, :, slot : slot + PAGE_TOKENS] = unrotate(y, fmt).to(dense.dtype)
+        dense[:, :, slot : slot + PAGE_TOKENS] = decoded(y, fmt).to(dense.dtype)
     return packed
 
 
 def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
     """The first `length` stored tokens, decoded: [batch, heads, length, head_dim] in dense's dtype.
 
-    Positions behind the last stored token are zeros.
+    Positions behind the last stored token are zeros. Values of a folded format are rotated back.
     """
     fmt = PackedFormat.parse(spec)
+    return unfold(_held(pages, dense, state, length, fmt), fmt)
+
+
+def _held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFormat) -> Tensor:
+    """The first `length` stored tokens in the basis in which they came."""
     stored, packed = state.tolist()
     stored = min(stored, length)
     out = dense.new_zeros(*dense.shape[:2], length, fmt.head_dim)
@@ -110,7 +115,7 @@ def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) ->
     tokens = max(0, stored - fmt.sink_tokens)
     if (coded := min(tokens, packed)) > 0:
         y = decode_pages(pages[:, :, : -(-coded // PAGE_TOKENS)], dense[:, :, 0], fmt)
-        out[:, :, fmt.sink_tokens : fmt.sink_tokens + coded] = unrotate(y[:, :, :coded], fmt).to(dense.dtype)
+        out[:, :, fmt.sink_tokens : fmt.sink_tokens + coded] = decoded(y[:, :, :coded], fmt).to(dense.dtype)
     if tokens > packed:
         slots = torch.arange(packed, tokens, device=dense.device) % fmt.residual_window
         out[:, :, fmt.sink_tokens + packed : stored] = dense[:, :, 1 + fmt.sink_tokens :][:, :, slots]
@@ -140,7 +145,8 @@ def attend(
 
     Args:
         query: [batch, query_heads, n, head_dim]; query head h reads key/value head h // (query_heads // heads).
-        key, value: the new tokens, [batch, heads, m, head_dim], or None.
+        key, value: the new tokens, [batch, heads, m, head_dim], or None. Where the values' format is folded, `value`
+            comes rotated, and so does the output go.
         attn_mask: bool (True: attend) or float (added to the scores), broadcastable to
             [batch, query_heads, n, columns]; columns beyond stored and new tokens stand for keys and values of zeros,
             as a preallocated dense cache holds them.
@@ -171,8 +177,8 @@ def attend(
         agree = length == v_length
     if not agree:
         raise ValueError(f"k_state and v_state must agree: {int(k_state[0])} keys are stored and {v_length} values")
-    keys = read(k_pages, k_dense, k_state, length, k_spec).float()
-    values = read(v_pages, v_dense, v_state, length, v_spec).float()
+    keys = _held(k_pages, k_dense, k_state, length, PackedFormat.parse(k_spec)).float()
+    values = _held(v_pages, v_dense, v_state, length, PackedFormat.parse(v_spec)).float()
     if key is not None and value is not None:
         keys = torch.cat([keys, key.float()], dim=2)
         values = torch.cat([values, value.float()], dim=2)

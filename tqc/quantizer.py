@@ -2,12 +2,12 @@
 
 A page holds 32 tokens of one head. With x the vector of a token and R the rotation:
 
-    y   = R x                                    rotated
+    y   = R x                                    rotated (y = x in folded formats, whose vectors come rotated)
     r_t = y_t - centre_head - centre_page        (centred formats; see `encode_pages`)
     s_t = |r_t| / sqrt(head_dim)                 scale
     i_t = argmin_i |r_t / f s_t - level_i|       Lloyd-Max codes, for the f that leaves the least squared error
     s_t <- <r_t, level> / <level, level>         norm correction: the scale of least squared error
-    y^_t = centre_head + centre_page + s_t level[i_t],   x^ = R' y^
+    y^_t = centre_head + centre_page + s_t level[i_t],   x^ = R' y^      (x^ = y^ in folded formats)
 
 Scales are rounded to 2**(-1/32) of the largest one in the page *before* the codes are chosen, so their rounding costs
 next to nothing. A vector whose residual is zero reads back exactly; one with a NaN or an infinity, or whose rotation
@@ -45,6 +45,31 @@ def rotate(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     return x.float() @ fmt.rotation_matrix(x.device).T
 
 
+def unrotate(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """R' y for each vector of `y` [..., head_dim], float32."""
+    return y.float() @ fmt.rotation_matrix(y.device)
+
+
+def fold(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Vectors of a model without folding, as a cache of this format takes and holds them; dtype as it was."""
+    return rotate(x, fmt).to(x.dtype) if fmt.folded else x
+
+
+def unfold(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Inverse of `fold`."""
+    return unrotate(x, fmt).to(x.dtype) if fmt.folded else x
+
+
+def _coded(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Vectors as they come in the rotated basis, float32."""
+    return x.float() if fmt.folded else rotate(x, fmt)
+
+
+def decoded(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Vectors in the rotated basis as dense rows hold them, float32."""
+    return y.float() if fmt.folded else unrotate(y, fmt)
+
+
 def head_centre(first_page: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """Centre of each head in its rotated basis, in `first_page`'s dtype [..., head_dim]: the mean of those tokens.
 
@@ -55,7 +80,7 @@ def head_centre(first_page: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
         return torch.zeros_like(first_page[..., 0, :])
     # A rotated mean can exceed float16 where no coordinate did; the centre of the page makes up for the clamp.
     limits = torch.finfo(first_page.dtype)
-    return _finite_mean(rotate(first_page, fmt)).clamp(limits.min, limits.max).to(first_page.dtype)
+    return _finite_mean(_coded(first_page, fmt)).clamp(limits.min, limits.max).to(first_page.dtype)
 
 
 def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
@@ -77,7 +102,7 @@ def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> to
 
 
 def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    r = rotate(x, fmt)
+    r = _coded(x, fmt)
     if fmt.centred:
         r = r - centre.float()
     bad = ~torch.isfinite(r).all(-1, keepdim=True)
@@ -129,7 +154,7 @@ def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.T
 def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """Decode pages, uint8 [batch, heads, n, page_bytes], to float32 [batch, heads, n * 32, head_dim], *rotated*.
 
-    The caller rotates back with `unrotate`, or rotates the query instead.
+    The caller goes on with `decoded`, or rotates the query instead.
     """
     codes = torch.zeros(*pages.shape[:-1], PAGE_TOKENS, fmt.head_dim, dtype=torch.uint8, device=pages.device)
     for width, shift, offset in fmt.planes:
@@ -147,11 +172,6 @@ def token_scales(pages: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """Scale of each packed token, float32 [batch, heads, n, 32]."""
     base = pages[..., 0:4].contiguous().view(torch.float32)
     return _scale_of(pages[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS], base)
-
-
-def unrotate(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """R' y for each vector of `y` [..., head_dim]."""
-    return y.float() @ fmt.rotation_matrix(y.device)
 
 
 def _finite_mean(y: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,14 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import Graph, GraphModule, Node
 
 from tqc import runtime
+from tqc.matrix_vector import decompositions
 from tqc.passes.graph import is_packed, value
 
-# Compiled static regions by their text: graphs that differ in what lies outside them share them.
-_compiled: dict[str, Callable[..., Any]] = {}
+# Compiled regions by their text and wrapper: graphs that differ in what lies outside them share them.
+_compiled: dict[tuple[str, bool], Callable[..., Any]] = {}
+# A region that stands for this many layers gets Inductor's C++ wrapper: no Python runs between its kernels, which saves
+# some 80 us a layer and costs a few seconds of compiling.
+_WORTH_A_WRAPPER = 4
 
 
 class Region(torch.nn.Module):
@@ -31,6 +35,7 @@ class Region(torch.nn.Module):
         self.module = module
         self.examples = examples
         self.key = key
+        self.calls = 0
         self.run: Callable[..., Any] = module.forward
 
     @property
@@ -38,9 +43,11 @@ class Region(torch.nn.Module):
         return any(_is_symbolic(example) for example in self.examples)
 
     def compile_with_inductor(self) -> None:
-        if self.key not in _compiled:
-            _compiled[self.key] = _inductor(self.module, self.examples)
-        self.run = _compiled[self.key]
+        on_cpu = all(x.device.type == "cpu" for x in self.examples if isinstance(x, Tensor))
+        cpp_wrapper = on_cpu and self.calls >= _WORTH_A_WRAPPER
+        if (self.key, cpp_wrapper) not in _compiled:
+            _compiled[self.key, cpp_wrapper] = _inductor(self.module, self.examples, cpp_wrapper)
+        self.run = _compiled[self.key, cpp_wrapper]
 
     def forward(self, *args: Any) -> Any:
         return self.run(*args)
@@ -52,10 +59,11 @@ def _is_symbolic(example: Any) -> bool:
     return isinstance(example, (torch.SymInt, torch.SymFloat))
 
 
-def _inductor(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
+def _inductor(module: GraphModule, examples: list[Any], cpp_wrapper: bool = False) -> Callable[..., Any]:
     """`module` compiled. Where it neither writes nor aliases its inputs, AOTAutograd's wrapper around the compiled
     code would do nothing for some 20 us a call, and is left out."""
     from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     compiled: list[Any] = []
@@ -67,13 +75,15 @@ def _inductor(module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
 
     context = TracingContext(detect_fake_mode(examples))
     # AOTAutograd's own cache would return the wrapper without asking for the code inside; Inductor's stays on.
+    # Sizes are dynamo's to guard.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         tracing(context),
         functorch_config.patch(enable_autograd_cache=False),
+        inductor_config.patch(cpp_wrapper=cpp_wrapper, size_asserts=False),
     ):
-        function = compile_fx(module, examples, inner_compile=inner_compile)
+        function = compile_fx(module, examples, inner_compile=inner_compile, decompositions=decompositions())
     if len(compiled) != 1 or not _plain(context.fw_metadata) or compiled[0][1] != len(examples):
         return function
     code = compiled[0][0]
@@ -143,6 +153,7 @@ def split(gm: GraphModule) -> tuple[list[Region], GraphModule]:
             regions[region.key] = region
             modules.add_module(f"region_{len(regions) - 1}", region)
         name = next(name for name, module in modules.named_children() if module is region)
+        region.calls += 1
         call = outer.call_module(name, tuple(env[node] for node in inputs))
         for index, node in enumerate(outputs):
             env[node] = outer.call_function(operator.getitem, (call, index))

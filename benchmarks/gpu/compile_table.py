@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compiled import ARCHITECTURES, compiling, resources
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.lowering.triton import append, attention
+from tqc.lowering import triton as provider
 from tqc.lowering.triton import tuning
 
 TABLE = Path(__file__).with_name("compile_table.json")
@@ -52,7 +52,7 @@ def _new(heads: int, count: int, head_dim: int) -> Tensor:
 
 def _attend(rows: int) -> Callable[[PackedFormat, PackedFormat], None]:
     def call(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
-        attention.attend(
+        provider.attend(
             _new(HEADS * GROUP, rows, k_fmt.head_dim), *_parts(k_fmt), *_parts(v_fmt),
             _new(HEADS, rows, k_fmt.head_dim), _new(HEADS, rows, v_fmt.head_dim),
             None, None, None, k_fmt.head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec,
@@ -64,15 +64,13 @@ def _attend(rows: int) -> Callable[[PackedFormat, PackedFormat], None]:
 def _append(count: int) -> Callable[[PackedFormat, PackedFormat], None]:
     def call(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
         key, value = _new(HEADS, count, k_fmt.head_dim), _new(HEADS, count, v_fmt.head_dim)
-        append.append_pair(*_parts(k_fmt), key, *_parts(v_fmt), value, None, k_fmt.spec, v_fmt.spec)
+        provider.append_pair(*_parts(k_fmt), key, *_parts(v_fmt), value, None, k_fmt.spec, v_fmt.spec)
 
     return call
 
 
 def _read(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
-    from tqc.lowering.triton.read import read
-
-    read(*_parts(k_fmt), 4096, k_fmt.spec)
+    provider.read(*_parts(k_fmt), 4096, k_fmt.spec)
 
 
 CALLS = {"decode": _attend(1), "chunk": _attend(256), "append 1": _append(1), "append 512": _append(512), "read": _read}
@@ -136,7 +134,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--case", default="", help="only the cases whose names start so; the file is not written")
+    parser.add_argument("--case", default="", help="only the cases whose names start so")
+    parser.add_argument("--out", type=Path, help="file to write; without it, the table itself if it is complete")
     parser.add_argument("--show", action="store_true", help="print the file, compile nothing")
     arguments = parser.parse_args()
     if arguments.show:
@@ -148,11 +147,12 @@ def main() -> None:
             if name.startswith(arguments.case):
                 rows += compile_case(arch, name, call, k_fmt, v_fmt)
                 print(f"{ARCHITECTURES[arch]} {name}", file=sys.stderr, flush=True)
-    if not arguments.case and arguments.arch == list(ARCHITECTURES):
+    complete = not arguments.case and arguments.arch == list(ARCHITECTURES)
+    if out := arguments.out or (TABLE if complete else None):
         from envelope import envelope
 
         notes = ["Compiled, never run: no figure here is a time."]
-        TABLE.write_text(json.dumps(envelope("compile_table", rows, notes, ["triton"]), indent=1) + "\n")
+        out.write_text(json.dumps(envelope("compile_table", rows, notes, ["triton"]), indent=1) + "\n")
     show(rows)
 
 

@@ -6,6 +6,7 @@ instead of being run.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -179,21 +180,14 @@ _DTYPE_BYTES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32
 
 
 def loop_bytes(ttir: str) -> int:
-    """Bytes that one turn of the first loop with a matrix product loads, masked elements counted too."""
-    best = 0
+    """Bytes that one turn of the loop over packed tokens loads: the one with matrix products and loads of integers."""
     for body in _loops(ttir):
-        if "tt.dot" not in body:
-            continue
-        total = 0
-        for shape, dtype in re.findall(r"tt\.load[^\n]*?: tensor<([0-9x]+)x!tt\.ptr<(\w+)>>", body):
-            elements = 1
-            for size in shape.split("x"):
-                elements *= int(size)
-            total += elements * _DTYPE_BYTES[dtype]
-        total += sum(_DTYPE_BYTES[dtype] for dtype in re.findall(r"tt\.load[^\n]*?: !tt\.ptr<(\w+)>", body))
-        if not best or total < best:
-            best = total
-    return best
+        if "tt.dot" in body and re.search(r"tt\.load[^\n]*!tt\.ptr<i(8|32)>", body):
+            total = 0
+            for shape, dtype in re.findall(r"tt\.load[^\n]*: (?:tensor<([0-9x]+)x)?!tt\.ptr<(\w+)>", body):
+                total += math.prod(int(size) for size in shape.split("x") if size) * _DTYPE_BYTES[dtype]
+            return total
+    return 0
 
 
 def _loops(ttir: str) -> Iterator[str]:

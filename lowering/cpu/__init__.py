@@ -16,10 +16,12 @@ from torch import Tensor
 
 from tqc.format import PackedFormat, scale_table
 from tqc.lowering.cpu import build
+from tqc.quantizer import unfold
 
-__all__ = ["NAME", "accepts", "append", "attend", "level", "read", "supported"]
+__all__ = ["FOLDED", "NAME", "accepts", "append", "attend", "level", "read", "supported"]
 
 NAME = "cpu"
+FOLDED = True
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,7 +55,7 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
 
 
 def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
-    return (_module or _kernels()).read(pages, dense, state, length, spec)
+    return unfold((_module or _kernels()).read(pages, dense, state, length, spec), PackedFormat.parse(spec))
 
 
 def attend(
@@ -144,6 +146,7 @@ def _try_load(chosen: str) -> ModuleType | build.BuildError:
             rotation.data_ptr(),
             fmt.rotation == "hadamard" and power_of_two,
             fmt.score_variance,
+            fmt.folded,
         )
 
     module.setup(

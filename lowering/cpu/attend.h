@@ -2,7 +2,8 @@
 //
 // With q' = R_k q, packed token t of page p scores s_t (q' . level_t) + q' . (centre_head + centre_p), and adds
 // w_t s_t level_t + w_t (centre_head + centre_p) to an output in V's rotated basis, rotated back once per task.
-// Dense tokens join the same online softmax in the model's basis.
+// Dense tokens join the same online softmax in the model's basis. Values of a folded format, and so the output, are
+// in the rotated basis throughout.
 #pragma once
 #include "parallel.h"
 #include "tile.h"
@@ -85,9 +86,11 @@ inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, i
   to = std::min(to, limit);
   if (from < to) {
     tile.run(from, to);
-    float* rotated = tile.unrotated;
-    rotate_rows(rotated, p.out, int(count), fv, true);
-    memcpy(p.out, rotated, sizeof(float) * count * p.ld);
+    if (!fv.folded) {
+      float* rotated = tile.unrotated;
+      rotate_rows(rotated, p.out, int(count), fv, true);
+      memcpy(p.out, rotated, sizeof(float) * count * p.ld);
+    }
   }
   if (dense_too) {
     tile.run(0, std::min(a.v.packed_begin(), limit));

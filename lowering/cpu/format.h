@@ -21,6 +21,7 @@ struct Plane {
 // All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
 struct Format {
   int dim, bits, centred, sinks, window, page_bytes, centre_offset, plane_count;
+  int folded;              // vectors come and go rotated
   Plane planes[4];
   float levels[256];       // unused entries are 0
   float boundaries[256];   // unused entries are +inf

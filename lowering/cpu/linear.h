@@ -152,9 +152,10 @@ inline void hadamard(float* x, int n) {
       }
 }
 
-// out = R in (or R' in) for each row; both [rows, padded(dim)], not the same memory.
+// out = R in (or R' in) for each row; both [rows, padded(dim)], not the same memory. A copy in folded formats.
 inline void rotate_rows(float* out, const float* in, int rows, const Format& f, bool inverse) {
   int ld = padded(f.dim);
+  if (f.folded) return (void)memcpy(out, in, sizeof(float) * rows * ld);
   if (!f.signs) return gemm(out, ld, in, ld, inverse ? f.rotation : f.rotation_t, ld, rows, ld, f.dim, false);
   for (int r = 0; r < rows; ++r) {
     float* y = out + r * ld;

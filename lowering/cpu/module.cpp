@@ -308,20 +308,21 @@ float* aligned_copy(const float* from, int rows, int dim, bool transposed) {
 }
 
 // make_format(dim, bits, centred, sinks, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
-// is_hadamard, score_variance) -> address; levels, boundaries and rotation are addresses of float32 arrays.
+// is_hadamard, score_variance, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
-  int dim, bits, centred, sinks, window, page_bytes, centre_offset, hadamard;
+  int dim, bits, centred, sinks, window, page_bytes, centre_offset, hadamard, folded;
   PyObject* planes;
   unsigned long long levels, boundaries, rotation;
   float score_variance;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKif", &dim, &bits, &centred, &sinks, &window, &page_bytes, &centre_offset,
-                        &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard, &score_variance))
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &dim, &bits, &centred, &sinks, &window, &page_bytes, &centre_offset,
+                        &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard, &score_variance, &folded))
     return nullptr;
   auto* f = new Format{};
   f->dim = dim;
   f->bits = bits;
   f->score_variance = score_variance;
   f->centred = centred;
+  f->folded = folded;
   f->sinks = sinks;
   f->window = window;
   f->page_bytes = page_bytes;

@@ -130,7 +130,7 @@ inline void append(const AppendArgs& a) {
   s.state[1] = packed_after;
 }
 
-// out [batch, heads, length, dim], contiguous, in the store's dtype.
+// out [batch, heads, length, dim], contiguous, in the store's dtype; rotated in folded formats.
 inline void read(const Store& s, char* out, int64_t batch, int64_t heads, int64_t length) {
   const Format& f = *s.f;
   const size_t row_bytes = size_t(f.dim) * dtype_bytes(s.dtype);

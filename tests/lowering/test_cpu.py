@@ -84,6 +84,7 @@ formats = st.builds(
     residual_window=st.sampled_from([32, 64]),
     rotation=st.sampled_from(["hadamard", "hadamard", "haar"]),
     seed=st.integers(0, 1),
+    folded=st.booleans(),
 )
 
 

@@ -1,0 +1,79 @@
+"""The Triton kernels compiled ahead of time for NVIDIA GPUs: what benchmarks/gpu/compile_table.py finds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+TABLE = json.loads((FOLDER / "compile_table.json").read_text())["rows"]
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+CASES = sorted({row["case"] for row in TABLE})
+
+
+def check(row):
+    assert row["local_bytes"] == 0 and row["local_instructions"] == 0, "registers are spilled"
+    assert row["registers"] <= 255
+    assert row["shared_bytes"] <= SHARED_LIMIT[row["arch"]]
+    if "loop" not in row:
+        return
+    assert row["loop"]["matrix"] > 0 and row["loop"]["local"] == 0
+    if row["case"].startswith("decode"):
+        assert row["loop"]["load_bits"].get("128", 0) > 0
+        # Nothing is read twice and no more than the format stores; the header has spare bytes.
+        assert 0.95 * row["format_bytes_per_token"] <= row["bytes_per_token"] <= row["format_bytes_per_token"]
+
+
+def compiled(arch, case, tmp_path):
+    """Rows of one case, compiled now. In a process of its own: here Triton is an interpreter."""
+    out = tmp_path / "rows.json"
+    command = [sys.executable, str(FOLDER / "compile_table.py"), "--arch", str(arch), "--case", case, "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())["rows"]
+
+
+def test_the_committed_table_holds_every_case_and_keeps_the_rules():
+    assert {row["arch"] for row in TABLE} == set(SHARED_LIMIT)
+    assert {case.rsplit(" ", 2)[0] for case in CASES} == {"decode", "chunk", "append 1", "append 512", "read"}
+    for row in TABLE:
+        check(row)
+
+
+def test_decoding_compiles_for_hopper(tmp_path):
+    rows = compiled(90, "decode d64 k4v2", tmp_path)
+    assert [row["kernel"] for row in rows] == ["attend_kernel", "merge_kernel"]
+    assert "loop" in rows[0]
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_every_kernel_compiles(arch, case, tmp_path):
+    for row in compiled(arch, case, tmp_path):
+        check(row)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"local_bytes": 8},
+        {"local_instructions": 1},
+        {"shared_bytes": 1 << 20},
+        {"loop": {"matrix": 0, "local": 0, "load_bits": {"128": 1}}},
+        {"loop": {"matrix": 1, "local": 0, "load_bits": {"32": 1}}},
+        {"bytes_per_token": 1000.0},
+    ],
+)
+def test_the_rules_can_be_broken(broken):
+    row = next(row for row in TABLE if row["case"].startswith("decode") and "loop" in row)
+    check(row)
+    with pytest.raises(AssertionError):
+        check(row | broken)

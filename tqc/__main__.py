@@ -1,0 +1,5 @@
+"""`python -m tqc`: the command line."""
+
+from tqc.cli import main
+
+main()
