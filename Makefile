@@ -34,9 +34,11 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/cpu/attention.py --out benchmarks/results/attention.json
+	$(BIN)/python benchmarks/cpu/attention.py
 	$(BIN)/python benchmarks/cpu/generate.py
+	$(BIN)/python benchmarks/cpu/generate_peers.py
 	$(BIN)/python benchmarks/quality/peers.py
+	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:

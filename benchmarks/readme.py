@@ -1,4 +1,4 @@
-"""Put the tables of benchmarks/results/*.json into README.md, between its two markers.
+"""Put the tables of benchmarks/results/*.json into README.md and docs/performance.md, between their two markers.
 
 python benchmarks/readme.py             write them
 python benchmarks/readme.py --check     only say whether they are up to date (exit code 1 if not)
@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+Columns = list[tuple[str, str, str]]
 FIELDS = ("name", "command", "date", "hardware", "versions", "rows", "notes")
 
 _QUALITY = [
@@ -39,17 +41,91 @@ _GENERATE = [
     ("packed_compile_s", "compile s, packed", ".0f"),
     ("dense_compile_s", "compile s, dense", ".0f"),
 ]
-# Title and columns (field of a row, heading, format) of each result file, in the order of the README. Any other file
-# is shown with all its fields, behind these.
-TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
-    "quality": ("Quality, SmolLM2-135M-Instruct", _QUALITY),
-    "generate": ("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
-    "quality_biased_keys": ("Quality with a large bias in the keys, as Qwen2 models have", _QUALITY),
+_PEERS = [("name", "", ""), ("weights", "weights", ""), ("cache", "cache", "")]
+_CONTEXTS = (256, 1024, 4096, 8000)
+_PEERS_SHORT = [
+    *_PEERS,
+    ("ms_256", "ms a token at 256 tokens", ".1f"),
+    ("ms_8000", "at 8,000", ".1f"),
+    ("increase_ms", "increase", ".1f"),
+    ("peak_mb_8000", "peak MB at 8,000", ",d"),
+]
+_PEERS_FULL = [
+    *_PEERS,
+    *((f"ms_{context}", f"ms at {context:,}", ".1f") for context in _CONTEXTS),
+    ("increase_ms", "increase", ".1f"),
+    *((f"prefill_tokens_s_{context}", f"prefill tokens/s, {context:,}", ".0f") for context in _CONTEXTS),
+    *((f"peak_mb_{context}", f"peak MB, {context:,}", ",d") for context in (256, 8000)),
+    ("same_8000", "same tokens at 8,000", ".0%"),
+    ("date", "date", ""),
+]
+_ATTENTION_SHORT = [
+    ("length", "tokens", ",d"),
+    ("k4v2_us", "µs, K4 V2", ",.0f"),
+    ("bf16_us", "torch bf16", ",.0f"),
+    ("flex_us", "flex_attention bf16", ",.0f"),
+    ("onnxruntime_us", "onnxruntime", ",.0f"),
+    ("k4v2_over_bf16", "speed over torch bf16", ".1f"),
+    ("k4v2_of_floor", "time over floor", ".2f"),
+]
+_ATTENTION_FULL = [
+    ("batch", "batch", ""),
+    ("heads_dim", "heads", ""),
+    ("length", "tokens", ",d"),
+    *((f"{bits}_us", f"µs, {bits[:2].upper()} {bits[2:].upper()}", ",.0f") for bits in ("k4v2", "k3v3", "k4v4")),
+    ("bf16_us", "torch bf16", ",.0f"),
+    ("fp32_us", "torch fp32", ",.0f"),
+    ("flex_us", "flex bf16", ",.0f"),
+    ("onnxruntime_us", "onnxruntime", ",.0f"),
+    *((f"{bits}_over_bf16", f"{bits[:2].upper()} {bits[2:].upper()} over bf16", ".1f") for bits in ("k4v2", "k4v4")),
+    *((f"{bits}_of_floor", f"{bits[:2].upper()} {bits[2:].upper()} of floor", ".2f") for bits in ("k4v2", "k4v4")),
+]
+BEST_PEERS = (
+    "tqc default",
+    "Inductor, DynamicCache",
+    "transformers hqq",
+    "llama.cpp f16, f32",
+    "llama.cpp q8_0, file",
+    "OpenVINO u8",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a result file is shown: columns are (field of a row, heading, format), rows those that `shows` wants."""
+
+    title: str
+    columns: Columns
+    shows: Callable[[dict[str, Any]], bool] = lambda row: True
+
+
+# The tables of each document in their order, by result file. README.md shows any other file with all its fields.
+_ATTENTION = "Decode attention, the least time of a call"
+DOCUMENTS: dict[str, dict[str, Table]] = {
+    "README.md": {
+        "quality": Table("Quality, SmolLM2-135M-Instruct", _QUALITY),
+        "generate": Table("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
+        "generate_peers": Table(
+            "Decoding beside others on the CPU (all of them: docs/performance.md)",
+            _PEERS_SHORT,
+            lambda row: row["name"] in BEST_PEERS,
+        ),
+        "attention": Table(
+            f"{_ATTENTION}, batch 1, 32 query and 8 key heads of 128 (more: docs/performance.md)",
+            _ATTENTION_SHORT,
+            lambda row: (row["batch"], row["heads_dim"]) == (1, "32/8 x 128"),
+        ),
+        "quality_biased_keys": Table("Quality with a large bias in the keys, as Qwen2 models have", _QUALITY),
+    },
+    "docs/performance.md": {
+        "generate_peers": Table("Decoding, beside others on the CPU", _PEERS_FULL),
+        "attention": Table(_ATTENTION, _ATTENTION_FULL),
+    },
 }
 
 
 def results() -> list[dict[str, Any]]:
-    """All result files, in the order of the README.
+    """All result files by name.
 
     Raises:
         ValueError: if a file lacks a field of the common frame (`benchmarks/envelope.py`).
@@ -62,20 +138,23 @@ def results() -> list[dict[str, Any]]:
                 f"{path.relative_to(ROOT)} lacks {', '.join(lacking)}: write it with benchmarks/envelope.py"
             )
         found.append(result)
-    order = list(TABLES)
-    return sorted(found, key=lambda result: order.index(result["name"]) if result["name"] in order else len(order))
+    return found
 
 
-def section(result: dict[str, Any]) -> str:
-    """Title, table and provenance of one result file, as Markdown."""
+def all_fields(result: dict[str, Any]) -> Table:
+    """The table of a result file that no document knows."""
     rows = result["rows"]
-    title = result["name"].replace("_", " ").capitalize()
     fields = dict.fromkeys(field for row in rows for field, value in row.items() if not isinstance(value, (dict, list)))
-    columns = [(field, field.replace("_", " "), "") for field in fields]
-    if result["name"] in TABLES:
-        title, columns = TABLES[result["name"]]
-    lines = [f"**{title}**", "", _line(heading for _, heading, _ in columns), _line("---" for _ in columns)]
-    for row in rows:
+    return Table(
+        result["name"].replace("_", " ").capitalize(), [(field, field.replace("_", " "), "") for field in fields]
+    )
+
+
+def section(result: dict[str, Any], table: Table) -> str:
+    """Title, table and provenance of one result file, as Markdown."""
+    columns = table.columns
+    lines = [f"**{table.title}**", "", _line(heading for _, heading, _ in columns), _line("---" for _ in columns)]
+    for row in filter(table.shows, result["rows"]):
         cells = [_cell(row.get(field), spec) for field, _, spec in columns]
         if row.get("reason"):
             cells = [cells[0], row["reason"], *([""] * (len(columns) - 2))]
@@ -104,8 +183,8 @@ def _cell(value: Any, spec: str) -> str:
     return format(value, spec) if isinstance(value, (int, float)) else str(value)
 
 
-def render(text: str) -> str:
-    """`text` of the README with current tables.
+def render(document: str, text: str) -> str:
+    """`text` of the document with current tables.
 
     Raises:
         ValueError: if it does not have both markers, in order.
@@ -113,8 +192,12 @@ def render(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
-    tables = "\n\n".join(section(result) for result in results()) or "Not measured yet."
+        raise ValueError(f"{document} has no {BEGIN} ... {END}")
+    found, known = {result["name"]: result for result in results()}, DOCUMENTS[document]
+    sections = [section(found[name], table) for name, table in known.items() if name in found]
+    if document == "README.md":
+        sections += [section(result, all_fields(result)) for name, result in found.items() if name not in known]
+    tables = "\n\n".join(sections) or "Not measured yet."
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
@@ -122,15 +205,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    text = README.read_text()
-    try:
-        current = render(text)
-    except ValueError as error:
-        sys.exit(str(error))
-    if check and current != text:
-        sys.exit("the tables in README.md are not those of benchmarks/results: run python benchmarks/readme.py")
-    if not check:
-        README.write_text(current)
+    for document in DOCUMENTS:
+        path = ROOT / document
+        text = path.read_text()
+        try:
+            current = render(document, text)
+        except ValueError as error:
+            sys.exit(str(error))
+        if check and current != text:
+            sys.exit(f"the tables in {document} are not those of benchmarks/results: run python benchmarks/readme.py")
+        if not check:
+            path.write_text(current)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_a_prefix_is_saved_without_the_tokens_behind_it(tmp_path):
     cache.crop(-40)
     save_cache(cache, tmp_path / "cache.safetensors")
     loaded = load_cache(tmp_path / "cache.safetensors").layers[0].keys
-    assert loaded.storage.length == 60 and behind.storage.length == 100
+    assert loaded.packed_storage.length == 60 and behind.packed_storage.length == 100
     assert torch.equal(loaded.dequantize(), cache.layers[0].keys.dequantize())
 
 

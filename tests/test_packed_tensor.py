@@ -50,7 +50,7 @@ def test_append_is_in_place_and_the_old_tensor_stays_valid(fmt):
     old = pack(tokens(100), fmt)
     before = old.dequantize()
     new = torch.cat([old, tokens(40, seed=1)], dim=-2)
-    assert new.storage is old.storage and new.shape[2] == 140
+    assert new.packed_storage is old.packed_storage and new.shape[2] == 140
     assert old.shape[2] == 100
     torch.testing.assert_close(old.dequantize(), before, atol=0.06, rtol=0)
     torch.testing.assert_close(new.dequantize()[:, :, 100:], tokens(40, seed=1), atol=0.06, rtol=0)
@@ -61,7 +61,7 @@ def test_a_fork_copies_and_leaves_its_sibling_alone(fmt):
     one = torch.cat([prefix, tokens(70, seed=1)], dim=2)
     kept = one.dequantize()
     two = torch.cat([prefix, tokens(70, seed=2)], dim=2)
-    assert two.storage is not one.storage
+    assert two.packed_storage is not one.packed_storage
     assert torch.equal(one.dequantize(), kept)
     torch.testing.assert_close(two.dequantize()[:, :, 100:], tokens(70, seed=2), atol=0.06, rtol=0)
     torch.testing.assert_close(two.dequantize()[:, :, :100], tokens(100), atol=0.06, rtol=0)
@@ -70,11 +70,11 @@ def test_a_fork_copies_and_leaves_its_sibling_alone(fmt):
 @pytest.mark.parametrize("length", [1, 3, 36, 60, 99])
 def test_crop_then_append(fmt, length):
     packed = pack(tokens(100), fmt)
-    storage = packed.storage
+    storage = packed.packed_storage
     packed = packed[..., :length, :]
     assert isinstance(packed, PackedTensor) and packed.shape[2] == length
     packed = torch.cat([packed, tokens(50, seed=1)], dim=-2)
-    assert packed.storage is storage, "nobody reads further, so nothing needs to be copied"
+    assert packed.packed_storage is storage, "nobody reads further, so nothing needs to be copied"
     expected = torch.cat([tokens(100)[:, :, :length], tokens(50, seed=1)], dim=2)
     torch.testing.assert_close(packed.dequantize(), expected, atol=0.08, rtol=0)
 
@@ -83,7 +83,7 @@ def test_crop_of_a_tensor_that_lives_on_copies(fmt):
     whole = pack(tokens(100), fmt)
     kept = whole.dequantize()
     branch = torch.cat([whole[:, :, :50], tokens(60, seed=1)], dim=2)
-    assert branch.storage is not whole.storage
+    assert branch.packed_storage is not whole.packed_storage
     assert torch.equal(whole.dequantize(), kept)
 
 
@@ -143,8 +143,8 @@ def test_pickle_is_refused(fmt):
 
 def test_preallocated_writes_at_a_position(fmt):
     cache = pack(tokens(0), fmt)
-    cache.storage.reserve(256)
-    cache = PackedTensor(cache.storage, 256)
+    cache.packed_storage.reserve(256)
+    cache = PackedTensor(cache.packed_storage, 256)
     write_at(cache, tokens(120), torch.arange(120))
     cache.index_copy_(2, torch.arange(120, 123), tokens(3, seed=1))
     expected = torch.cat([tokens(120), tokens(3, seed=1), torch.zeros(2, HEADS, 133, HEAD_DIM)], dim=2)

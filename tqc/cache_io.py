@@ -162,7 +162,7 @@ def _describe_tensor(tensor: Tensor | None, name: str, tensors: dict[str, Tensor
             raise TypeError(f"cannot save {name}: its dtype {tensor.dtype} is not one of a cache")
         tensors[name] = _own(tensor)
         return {"kind": "dense"}
-    storage, length = tensor.storage, tensor.shape[2]
+    storage, length = tensor.packed_storage, tensor.shape[2]
     if length < storage.length:
         storage = storage.copy(length)
     tensors[f"{name}.pages"] = _own(storage.pages[:, :, : storage.packed // PAGE_TOKENS])

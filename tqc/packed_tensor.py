@@ -30,7 +30,7 @@ class PackedTensor(torch.Tensor):
     A wrapper subclass: `pages`, `dense` and `state` (see `tqc.format`) are its inner tensors.
     """
 
-    storage: Storage  # type: ignore[assignment]
+    packed_storage: Storage
 
     @staticmethod
     def __new__(cls, storage: Storage, length: int) -> PackedTensor:
@@ -40,29 +40,29 @@ class PackedTensor(torch.Tensor):
         )
 
     def __init__(self, storage: Storage, length: int) -> None:
-        self.storage = storage
+        self.packed_storage = storage
         storage.view(self)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def pages(self) -> Tensor:
-        return self.storage.pages
+        return self.packed_storage.pages
 
     @property
     def dense(self) -> Tensor:
-        return self.storage.dense
+        return self.packed_storage.dense
 
     @property
     def state(self) -> Tensor:
-        return self.storage.state
+        return self.packed_storage.state
 
     @property
     def fmt(self) -> PackedFormat:
-        return self.storage.fmt
+        return self.packed_storage.fmt
 
     def __tensor_flatten__(self) -> tuple[list[str], str]:
-        return ["pages", "dense", "state"], self.storage.fmt.spec
+        return ["pages", "dense", "state"], self.packed_storage.fmt.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: str, outer_size: Any, outer_stride: Any) -> PackedTensor:
@@ -99,13 +99,13 @@ class PackedTensor(torch.Tensor):
 
     def packed_nbytes(self) -> int:
         """Bytes held: codes, scales, centres, sinks, window and spare capacity."""
-        return self.storage.nbytes
+        return self.packed_storage.nbytes
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, format={self.fmt})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
-        memo[id(self)] = result = PackedTensor(self.storage.copy(self._stored()), self.shape[2])
+        memo[id(self)] = result = PackedTensor(self.packed_storage.copy(self._stored()), self.shape[2])
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -113,7 +113,7 @@ class PackedTensor(torch.Tensor):
 
     def _stored(self) -> int:
         """How many of the tokens are stored; fewer than the length in a preallocated cache."""
-        return min(self.shape[2], self.storage.length)
+        return min(self.shape[2], self.packed_storage.length)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -128,7 +128,7 @@ class PackedTensor(torch.Tensor):
             if result is not NotImplemented:
                 return result
         if func is aten.detach.default:
-            return PackedTensor(args[0].storage, args[0].shape[2])
+            return PackedTensor(args[0].packed_storage, args[0].shape[2])
         named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
         for argument in func._schema.arguments:
             written = pytree.tree_leaves(named.get(argument.name)) if argument.is_write else ()
@@ -170,7 +170,7 @@ def extend(past: PackedTensor, new: Tensor, append: Append = torch.ops.tqai.appe
     """
     length = past.shape[2]
     count = new.shape[2]
-    storage = past.storage.writable(length)
+    storage = past.packed_storage.writable(length)
     storage.reserve(length + count)
     append(storage.pages, storage.dense, storage.state, new, None, storage.fmt.spec)
     storage.appended(count)
@@ -194,9 +194,9 @@ def _slice(x: PackedTensor, dim: int = 0, start: int | None = None, end: int | N
     if step != 1:
         return NotImplemented
     if start == 0 and end == size:
-        return PackedTensor(x.storage, x.shape[2])
-    if dim in (2, -2) and start == 0 and 0 < end <= x.storage.length:
-        return PackedTensor(x.storage, end)
+        return PackedTensor(x.packed_storage, x.shape[2])
+    if dim in (2, -2) and start == 0 and 0 < end <= x.packed_storage.length:
+        return PackedTensor(x.packed_storage, end)
     if dim == 0:
         return _select_rows(x, torch.arange(start, max(start, end), device=x.device))
     return NotImplemented
@@ -223,26 +223,26 @@ def _repeat(x: PackedTensor, repeats: list[int]) -> Any:
 
 
 def _select_rows(x: PackedTensor, rows: Tensor) -> PackedTensor:
-    return PackedTensor(x.storage.select(rows.to(x.device), x._stored()), x.shape[2])
+    return PackedTensor(x.packed_storage.select(rows.to(x.device), x._stored()), x.shape[2])
 
 
 @_handles(aten.clone.default)
 def _clone(x: PackedTensor, *, memory_format: Any = None) -> PackedTensor:
-    return PackedTensor(x.storage.copy(x._stored()), x.shape[2])
+    return PackedTensor(x.packed_storage.copy(x._stored()), x.shape[2])
 
 
 @_handles(aten._to_copy.default)
 def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
     if dtype not in (None, x.dtype):
         return NotImplemented
-    s = x.storage.copy(x._stored())
+    s = x.packed_storage.copy(x._stored())
     moved = Storage(s.pages.to(device), s.dense.to(device), s.state.to(device), s.fmt, s.length, s.packed)
     return PackedTensor(moved, x.shape[2])
 
 
 @_handles(aten.zero_.default)
 def _zero_(x: PackedTensor) -> PackedTensor:
-    x.storage.truncate(0)
+    x.packed_storage.truncate(0)
     return x
 
 
@@ -259,6 +259,6 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
 
 def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Append = torch.ops.tqai.append) -> None:
     """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ..."""
-    s = x.storage
+    s = x.packed_storage
     append(s.pages, s.dense, s.state, new, start, s.fmt.spec)
     s.written_on_device()

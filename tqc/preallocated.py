@@ -53,12 +53,12 @@ def rewrite(cache: PackedTensor, positions: Tensor, new: Tensor, kernels: Module
         "a packed cache is written out of order (a ring buffer?): it is packed anew at each such call; "
         "options={'skip_layers': ...} leaves it dense"
     )
-    s = cache.storage
+    s = cache.packed_storage
     dense = kernels.read(s.pages, s.dense, s.state, cache.shape[2], s.fmt.spec)
     dense.index_copy_(2, positions, new)
     stored = max(s.length, int(positions.max()) + 1)
-    cache.storage = _allocate(dense, stored, s.fmt, kernels.append)
-    cache.storage.view(cache)
+    cache.packed_storage = _allocate(dense, stored, s.fmt, kernels.append)
+    cache.packed_storage.view(cache)
 
 
 def can_become_packed(tensor: Tensor) -> bool:
@@ -77,7 +77,7 @@ def become_packed(tensor: Tensor, stored: int, fmt: PackedFormat, append: packed
         return
     tensor.__class__, packed.__class__ = packed.__class__, tensor.__class__
     tensor.__dict__, packed.__dict__ = packed.__dict__, {}
-    tensor.storage.view(tensor)  # type: ignore[attr-defined]
+    tensor.packed_storage.view(tensor)  # type: ignore[attr-defined]
 
 
 def _allocate(dense: Tensor, stored: int, fmt: PackedFormat, append: packed_tensor.Append) -> Storage:

@@ -44,7 +44,7 @@ def pack_at(new: Tensor, start: Tensor | int, capacity: int, spec: str, provider
 
 def read(cache: PackedTensor, provider: str) -> Tensor:
     """Dense values of a packed cache, for uses that no kernel takes."""
-    s = cache.storage
+    s = cache.packed_storage
     return provider_module(provider).read(s.pages, s.dense, s.state, cache.shape[2], s.fmt.spec)
 
 
@@ -64,7 +64,7 @@ def attend_extend(
     """Attend to a growing cache and the new tokens, then append these: (output, keys, values)."""
     kernels = provider_module(provider)
     length, count = k_cache.shape[2], key.shape[2]
-    k, v = k_cache.storage.writable(length), v_cache.storage.writable(length)
+    k, v = k_cache.packed_storage.writable(length), v_cache.packed_storage.writable(length)
     k.reserve(length + count)
     v.reserve(length + count)
     k_spec, v_spec = k.fmt.spec, v.fmt.spec
@@ -101,12 +101,12 @@ def attend_write(
     kernels = provider_module(provider)
     start = positions if isinstance(positions, Tensor) else torch.tensor([positions], device=query.device)
     if start.device.type == "cpu" or not counted:
-        stored, capacity = k_cache.storage.length, k_cache.shape[2]
+        stored, capacity = k_cache.packed_storage.length, k_cache.shape[2]
         if not preallocated.is_append(start, key.shape[2], counted, stored, capacity, attn_mask):
             for cache, new in ((k_cache, key), (v_cache, value)):
                 preallocated.rewrite(cache, start, new, kernels)
             return attend(query, k_cache, v_cache, attn_mask, sinks, scale, softcap, provider)
-    k, v = k_cache.storage, v_cache.storage
+    k, v = k_cache.packed_storage, v_cache.packed_storage
     k_spec, v_spec = k.fmt.spec, v.fmt.spec
     out, _ = kernels.attend(
         query, k.pages, k.dense, k.state, v.pages, v.dense, v.state,
@@ -163,7 +163,7 @@ def attend(
     provider: str,
 ) -> Tensor:
     """Attend to a packed cache that stays as it is (cross attention, layers that share a cache)."""
-    k, v = k_cache.storage, v_cache.storage
+    k, v = k_cache.packed_storage, v_cache.packed_storage
     length = k_cache.shape[2]
     start = None if k.length <= length else torch.tensor([length])
     out, _ = provider_module(provider).attend(

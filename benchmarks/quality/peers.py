@@ -4,7 +4,7 @@
     python benchmarks/quality/peers.py --biased-keys        with a constant of norm 600 in a few key channels
     python benchmarks/quality/peers.py --tokens 1024        a shorter text
 
-The peers' packages go into a virtual environment of their own, build/peers, which sees this one's torch and
+The peers' packages go into a virtual environment of their own, build/peers/quality, which sees this one's torch and
 transformers. A package that cannot be installed is named with the reason, and the run goes on without it.
 """
 
@@ -18,7 +18,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-VENV = ROOT / "build" / "peers"
+VENV = ROOT / "build" / "peers" / "quality"
 # What each peer needs beyond torch and transformers: ninja builds quanto's kernels, hqq imports einops and termcolor.
 PACKAGES = ("tqai==0.6.1", "optimum-quanto==0.2.7", "ninja", "hqq==0.2.8.post1", "einops", "termcolor")
 

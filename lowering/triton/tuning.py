@@ -68,7 +68,7 @@ def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact
     # Registers bound the tile: they hold its levels. Shared memory bounds the dense tile, which is not packed.
     large = exact or width > 128
     default = Launch(
-        tile=32 if exact and width > 128 else 64,
+        tile=32 if exact else 64,
         dense_tile=16 if large else 32,
         rows=block,
         num_warps=8 if block == 64 or width > 128 else 4,

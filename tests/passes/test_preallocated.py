@@ -120,7 +120,7 @@ def test_going_back_drops_what_lies_behind() -> None:
     expected, actual, _, module, _ = run(Attention, [*steps(), *steps((0, 30, 31))])
     for a, b in zip(actual, expected, strict=True):
         assert error(a, b) < 0.02
-    assert module.k_cache.storage.length == 31
+    assert module.k_cache.packed_storage.length == 31
 
 
 def ring_calls() -> list[tuple[Tensor, ...]]:
