@@ -141,18 +141,19 @@ def main() -> None:
     if arguments.show:
         show(json.loads(TABLE.read_text())["rows"])
         return
+    from envelope import envelope
+
+    complete = not arguments.case and arguments.arch == list(ARCHITECTURES)
+    out = arguments.out or (TABLE if complete else None)
+    notes = ["Compiled, never run: no figure here is a time."]
     rows = []
     for arch in arguments.arch:
         for name, call, k_fmt, v_fmt in cases():
             if name.startswith(arguments.case):
                 rows += compile_case(arch, name, call, k_fmt, v_fmt)
                 print(f"{ARCHITECTURES[arch]} {name}", file=sys.stderr, flush=True)
-    complete = not arguments.case and arguments.arch == list(ARCHITECTURES)
-    if out := arguments.out or (TABLE if complete else None):
-        from envelope import envelope
-
-        notes = ["Compiled, never run: no figure here is a time."]
-        out.write_text(json.dumps(envelope("compile_table", rows, notes, ["triton"]), indent=1) + "\n")
+                if out:
+                    out.write_text(json.dumps(envelope("compile_table", rows, notes, ["triton"]), indent=1) + "\n")
     show(rows)
 
 

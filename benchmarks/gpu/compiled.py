@@ -142,18 +142,14 @@ def _instructions(sass: str) -> list[tuple[str, str, str | None]]:
 
 
 def _matrix_loop(code: list[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
-    """The longest of the innermost loops that load from memory and hold a matrix instruction; empty if there is none."""
+    """The longest innermost loop that loads from memory and holds a matrix instruction; empty if there is none."""
     at = {label: index for index, (_, _, label) in enumerate(code) if label}
     loops = []
     for end, (name, operands, _) in enumerate(code):
         target = re.search(r"\.L_\w+", operands) if name.startswith("BRA") else None
         if target and at.get(target[0], end + 1) <= end:
             loops.append((at[target[0]], end + 1))
-    holds = [
-        loop
-        for loop in loops
-        if _mix(code[slice(*loop)])["matrix"] and _mix(code[slice(*loop)])["load"]
-    ]
+    holds = [loop for loop in loops if _mix(code[slice(*loop)])["matrix"] and _mix(code[slice(*loop)])["load"]]
     inner = [a for a in holds if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in holds)]
     return code[slice(*max(inner, key=lambda loop: loop[1] - loop[0]))] if inner else []
 

@@ -35,7 +35,7 @@ def attend(
     configuration: tuple[int, int, int, int] = (128, 4, 3, 2),
     multiprocessors: int = 132,
 ) -> Tensor:
-    """Attention of one query per sequence, [batch, query_heads, 1, d], to keys and values [batch, heads, n, d] in FP8."""
+    """Attention of one query a sequence, [batch, query_heads, 1, d], to FP8 keys and values [batch, heads, n, d]."""
     batch, query_heads, _, dim = query.shape
     heads, length = keys.shape[1:3]
     tile, warps, stages, programs = configuration
@@ -104,9 +104,7 @@ def _split(
 
 
 @triton.jit
-def _merge(
-    partial, lse, out, splits, group: tl.constexpr, SPLITS: tl.constexpr, dim: tl.constexpr, D: tl.constexpr
-):
+def _merge(partial, lse, out, splits, group: tl.constexpr, SPLITS: tl.constexpr, dim: tl.constexpr, D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column, split = tl.arange(0, D), tl.arange(0, SPLITS)
     at = (row // group * splits + split) * group + row % group

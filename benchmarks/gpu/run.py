@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Seconds for each section; the last ones get what the others leave.
-BUDGETS = {"numerics": 90, "decode": 180, "append": 50, "generate": 150}
-STARTING_SECONDS = 30
+BUDGETS = {"compile": 90, "numerics": 60, "decode": 150, "append": 40, "generate": 120}
+STARTING_SECONDS = 15
 
 
 def main() -> None:
@@ -105,7 +105,9 @@ def _work(arguments: argparse.Namespace) -> None:
 
     with arguments.out.open("w") as file:
         try:
-            for row in SECTIONS[arguments.worker](arguments.device, arguments.quick, lambda: deadline - time.monotonic()):
+            for row in SECTIONS[arguments.worker](
+                arguments.device, arguments.quick, lambda: deadline - time.monotonic()
+            ):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
         except Exception:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import fp8
 import torch
 import torch.nn.functional as F
 from measure import SETTINGS, SHAPES, Shape, Timer, captured, copy_bandwidth, formats, packed_bytes, packed_cache
+from precompile import compile_all, jobs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from tqc import ops
 from tqc.format import PAGE_TOKENS
@@ -25,16 +28,37 @@ LENGTHS = (4096, 16384, 32768, 131072)
 DTYPE = torch.bfloat16
 
 
+def checks(quick: bool) -> list[tuple[Shape, tuple[int, int], torch.dtype, int, int]]:
+    """(shape, bits, dtype, query rows, tokens) of each check of `numerics`."""
+    if quick:
+        tiny = Shape("tiny", 4, 2, 64)
+        return [(tiny, (4, 2), torch.float32, 1, 150), (tiny, (4, 2), torch.bfloat16, 1, 150)]
+    settings = [(shape, bits) for shape in SHAPES[:1] for bits in (*SETTINGS, (8, 8), (5, 6), (2, 1))]
+    settings += [(shape, (4, 2)) for shape in (*SHAPES[1:], Shape("odd", 8, 4, 96))]
+    result = [(*setting, torch.bfloat16, rows, 700) for setting in settings for rows in (1, 3, 200)]
+    return result + [(shape, (4, 2), torch.float32, rows, 700) for shape in SHAPES[::3] for rows in (1, 200)]
+
+
+def points() -> list[tuple[Shape, int, int]]:
+    """(shape, tokens, batch) of `decode`; what matters most comes first: a run that ends early has it."""
+    every = [(shape, tokens, batch) for shape in SHAPES for tokens in LENGTHS for batch in BATCHES]
+    return sorted(every, key=lambda p: (p[1] not in (4096, 32768), p[0] != SHAPES[0], p[0] != SHAPES[1]))
+
+
+def compile_kernels(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]:
+    """Fill Triton's cache for the sections below, on all cores."""
+    major, minor = torch.cuda.get_device_capability()
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    todo = jobs(["numerics", "decode", "append"], checks(quick), points()[:2] if quick else points(), sms)
+    yield from compile_all(todo, 10 * major + minor, sms, left)
+
+
 def numerics(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]:
-    """Every op against the reference, on the CPU, in float32 and bfloat16."""
-    shapes = ((4, 2, 64),) if quick else ((32, 8, 128), (28, 4, 128), (16, 8, 256), (9, 3, 64), (8, 4, 96))
-    for query_heads, heads, head_dim in shapes:
-        for k_bits, v_bits in SETTINGS[:1] if quick else (*SETTINGS, (8, 8), (5, 6), (2, 1)):
-            for dtype in (torch.float32, torch.bfloat16):
-                for rows in (1, 3) if quick else (1, 3, 200):
-                    if left() < 5:
-                        raise TimeoutError("not every check was made")
-                    yield _check(query_heads, heads, head_dim, k_bits, v_bits, dtype, rows, device, 150 if quick else 700)
+    """Every op against the reference, which runs on the CPU."""
+    for shape, bits, dtype, rows, tokens in checks(quick):
+        if left() < 5:
+            raise TimeoutError("not every check was made")
+        yield _check(shape.query_heads, shape.heads, shape.head_dim, *bits, dtype, rows, device, tokens)
 
 
 def _check(
@@ -51,16 +75,14 @@ def _check(
             torch.zeros(2, dtype=torch.int64),
         )
         expected.append(parts)
-        actual.append(tuple(part.to(device) for part in parts))
+        actual.append(tuple(part.to(device, copy=True) for part in parts))
     errors = {}
     for count in (length - 41, 1, 40):
         key, value = (torch.randn(2, count, heads, head_dim, generator=generator).to(dtype) for _ in range(2))
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         for fmt, parts, new in ((k_fmt, expected[0], key), (v_fmt, expected[1], value)):
             ops.append(*parts, new, None, fmt.spec)
-        provider.append_pair(
-            *actual[0], key.to(device), *actual[1], value.to(device), None, k_fmt.spec, v_fmt.spec
-        )
+        provider.append_pair(*actual[0], key.to(device), *actual[1], value.to(device), None, k_fmt.spec, v_fmt.spec)
     for name, fmt, ours, theirs in (("keys", k_fmt, actual[0], expected[0]), ("values", v_fmt, actual[1], expected[1])):
         # What was packed here, decoded by the reference: another code may be chosen on a boundary between levels.
         packed = ops.read(*(part.cpu() for part in ours), length, fmt.spec).float()
@@ -73,9 +95,7 @@ def _check(
     new = [torch.randn(2, heads, rows, head_dim, generator=generator).to(dtype) for _ in range(2)]
     rest = (None, None, None, head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec)
     wanted, wanted_lse = ops.attend(query, *expected[0], *expected[1], *new, *rest)
-    got, got_lse = provider.attend(
-        query.to(device), *actual[0], *actual[1], *(part.to(device) for part in new), *rest
-    )
+    got, got_lse = provider.attend(query.to(device), *actual[0], *actual[1], *(part.to(device) for part in new), *rest)
     errors["attend"], errors["attend lse"] = _deviation(got, wanted), _deviation(got_lse, wanted_lse)
     limit = TOLERANCE[dtype]
     return {
@@ -100,16 +120,15 @@ def decode(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]
     timer = Timer()
     bandwidth = copy_bandwidth(timer)
     yield {"copy_bytes_per_second": bandwidth}
-    points = [(shape, length, batch) for shape in SHAPES for length in LENGTHS for batch in BATCHES]
-    # The points that matter most come first: a run that ends early has them.
-    points.sort(key=lambda point: (point[1] not in (4096, 32768), point[0] != SHAPES[0], point[0] != SHAPES[1]))
-    for shape, length, batch in points[:2] if quick else points:
+    for shape, length, batch in points()[:2] if quick else points():
         if left() < 10:
             yield {"skipped": f"{shape.model}, {length} tokens, batch {batch}: no time left"}
             continue
         row = {"model": shape.model, "length": length, "batch": batch}
         try:
-            yield row | _decode_point(shape, length, batch, timer, bandwidth, flex=shape is SHAPES[0] and length == 32768)
+            yield row | _decode_point(
+                shape, length, batch, timer, bandwidth, flex=shape is SHAPES[0] and length == 32768
+            )
         except torch.cuda.OutOfMemoryError as error:
             yield row | {"error": f"out of memory: {str(error).splitlines()[0]}"}
         torch.cuda.empty_cache()
@@ -121,10 +140,10 @@ def _decode_point(shape: Shape, length: int, batch: int, timer: Timer, bandwidth
     key, value = (torch.randn(batch, heads, 1, dim, dtype=DTYPE, device="cuda") for _ in range(2))
     row: Row = {"ms": {}, "floor_ms": {}, "share_of_floor": {}, "cache_bytes": {}, "errors": {}}
 
-    def measure(name: str, make: Callable[[], Callable[[], Any]], floor: int) -> None:
+    def measure(name: str, function: Callable[[], Any], floor: int) -> None:
         row["cache_bytes"][name], row["floor_ms"][name] = floor, floor / bandwidth * 1e3
         try:
-            row["ms"][name] = timer(captured(make()), seconds=0.05)
+            row["ms"][name] = timer(captured(function), seconds=0.05)
             row["share_of_floor"][name] = row["floor_ms"][name] / row["ms"][name]
         except Exception as error:  # a contender that fails must not hide the others
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -136,44 +155,42 @@ def _decode_point(shape: Shape, length: int, batch: int, timer: Timer, bandwidth
         k, v = (packed_cache(batch, heads, length, fmt, DTYPE, "cuda") for fmt in (k_fmt, v_fmt))
         rest = (key, value, None, None, None, scale, 0.0, True, k_fmt.spec, v_fmt.spec)
         floor = sum(packed_bytes(batch, heads, length, fmt, DTYPE) for fmt in (k_fmt, v_fmt))
-        measure(f"K{k_bits}/V{v_bits}", lambda k=k, v=v, rest=rest: lambda: provider.attend(query, *k, *v, *rest), floor)
+        measure(f"K{k_bits}/V{v_bits}", partial(provider.attend, query, *k, *v, *rest), floor)
         del k, v
 
     dense = batch * heads * length * dim * 2 * 2
     if dense > 0.8 * torch.cuda.mem_get_info()[0]:
         row["errors"]["dense"] = "does not fit into the memory"
         return row
-    # One head's tokens for all: what is in them does not matter for the time, where they lie does.
     keys, values = (torch.randn(batch, heads, length, dim, dtype=DTYPE, device="cuda") for _ in range(2))
     stacked = query.view(batch, heads, shape.query_heads // heads, dim)
-
-    def flash(q: Tensor, grouped: bool) -> Callable[[], Any]:
-        def call() -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return F.scaled_dot_product_attention(q, keys, values, scale=scale, enable_gqa=grouped)
-
-        return call
-
-    measure("FlashAttention bf16", lambda: flash(query, True), dense)
+    measure("FlashAttention bf16", partial(_flash, query, keys, values, scale, True), dense)
     # The query heads of a group as rows: the same result for one token, and each key is read once.
-    measure("FlashAttention bf16, heads as rows", lambda: flash(stacked, False), dense)
+    measure("FlashAttention bf16, heads as rows", partial(_flash, stacked, keys, values, scale, False), dense)
     if flex:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        compiled = torch.compile(flex_attention, dynamic=False)
-        measure("flex_attention bf16", lambda: lambda: compiled(query, keys, values, scale=scale, enable_gqa=True), dense)
+        measure("flex_attention bf16", partial(_flex, query, keys, values, scale), dense)
     (k8, k_scale), (v8, v_scale) = fp8.quantize(keys), fp8.quantize(values)
     del keys, values
     best = _fastest_fp8(query, k8, v8, k_scale, v_scale, scale, timer)
     row["fp8_configuration"] = best
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    measure("FP8", lambda: lambda: fp8.attend(query, k8, v8, k_scale, v_scale, scale, best, sms), dense // 2)
+    measure("FP8", partial(fp8.attend, query, k8, v8, k_scale, v_scale, scale, best, sms), dense // 2)
     rivals = {name: ms for name, ms in row["ms"].items() if name.startswith(("Flash", "flex"))}
     if rivals:
         row["speedup_over_best_bf16"] = {
             name: min(rivals.values()) / ms for name, ms in row["ms"].items() if name.startswith(("K", "FP8"))
         }
     return row
+
+
+def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, grouped: bool) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=grouped)
+
+
+@torch.compile(dynamic=False)
+def _flex(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    return flex_attention(query, keys, values, scale=scale, enable_gqa=True)
 
 
 _fp8_best: dict[tuple[int, int, int], Any] = {}
@@ -189,7 +206,7 @@ def _fastest_fp8(query: Tensor, k8: Tensor, v8: Tensor, k_scale: float, v_scale:
         for configuration in fp8.configurations:
             try:
                 times[configuration] = timer(
-                    lambda c=configuration: fp8.attend(query, k8, v8, k_scale, v_scale, scale, c, sms), 0.01, 5, 10
+                    partial(fp8.attend, query, k8, v8, k_scale, v_scale, scale, configuration, sms), 0.01, 5, 10
                 )
             except Exception:  # more shared memory than there is
                 continue
@@ -292,6 +309,7 @@ def _generate(cache: str, layers: int, length: int, batch: int, steps: int) -> R
 
 
 SECTIONS: dict[str, Callable[[str, bool, Callable[[], float]], Iterator[Row]]] = {
+    "compile": compile_kernels,
     "numerics": numerics,
     "decode": decode,
     "append": append,

@@ -1,6 +1,6 @@
 """Find the fastest tiles and launches on this GPU and write them to lowering/triton/tuned.json, which the kernels read.
 
-    python benchmarks/gpu/tune.py                               all settings, decoding and prefill: some minutes
+    python benchmarks/gpu/tune.py                     all settings, decoding and prefill: mostly compiling, an hour
     python benchmarks/gpu/tune.py --kinds decode --head-dims 128 --settings 42 33
 
 Only this architecture's part of the file changes. A setting is written if it is at least 2 % faster than the defaults.
@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -33,10 +33,22 @@ HEADS = {shape.head_dim: (shape.query_heads, shape.heads) for shape in reversed(
 def candidates(kind: str, default: tuning.Launch) -> Iterator[tuning.Launch]:
     """The default, then everything else worth trying."""
     yield default
-    rows = (default.rows,) if kind == "decode" else (64, 128)
-    programs = (1, 2, 3, 4) if kind == "decode" else (default.programs_per_sm,)
-    for tile, block, warps, stages, per_sm in itertools.product((32, 64, 128), rows, (2, 4, 8), (1, 2, 3), programs):
-        launch = tuning.Launch(tile=tile, rows=block, num_warps=warps, num_stages=stages, programs_per_sm=per_sm)
+    decode = kind == "decode"
+    blocks = (default.rows,) if decode else (32, 64)
+    # Programs to a multiprocessor, and the registers that leave room for them.
+    residency = ((1, None), (2, None), (3, 168), (4, 128)) if decode else ((2, None),)
+    for tile, rows, warps, stages, (per_sm, registers) in itertools.product(
+        (32, 64, 128), blocks, (4, 8), (2, 3, 4), residency
+    ):
+        launch = replace(
+            default,
+            tile=tile,
+            rows=rows,
+            num_warps=warps,
+            num_stages=stages,
+            programs_per_sm=per_sm,
+            maxnreg=registers if warps == 4 else None,
+        )
         if launch != default:
             yield launch
 

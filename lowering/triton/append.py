@@ -93,7 +93,8 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
 
 
 def _launch(tensors: list, start: Tensor | None) -> None:
-    arguments, formats = [], []
+    arguments: list[tuple | None] = []
+    formats: list[PackedFormat | None] = []
     for pages, dense, state, new, fmt in tensors:
         tables = _tables(fmt, new.dtype, new.device)
         arguments.append((pages, pages.shape[2], dense, state, new, new.stride(), *tables))
@@ -126,7 +127,7 @@ def _tables(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> tupl
 
 @triton.jit
 def _load_tokens(dense, new, new_row, new_column, length, first, position, element, fmt: tl.constexpr):
-    """Tokens at `position` [T], elements `element` [E]: from the ring before `length`, zeros before `first`, then new."""
+    """Tokens at `position` [T], elements `element` [E]: the ring's before `length`, zeros before `first`, then new."""
     row = 1 + fmt.sink_tokens + (position - fmt.sink_tokens) % fmt.residual_window
     inside = (element < fmt.head_dim)[None, :]
     old = (position < length)[:, None]

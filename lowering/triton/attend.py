@@ -22,7 +22,7 @@ from tqc.lowering.triton.page import (
     page_base,
     token_scales,
 )
-from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, rotated, softmax_step, unrotated
+from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, opaque, rotated, softmax_step, unrotated
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def attend_kernel(
     BLOCK_PAGES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    DENSE_TILE: tl.constexpr,
 ):
     """See `tqc.ops.attend`. Grid: (blocks of rows, batch * heads, SHARES).
 
@@ -167,7 +168,7 @@ def attend_kernel(
             inside = place < coded - tile * TILE
             pages = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
             page = _page_address(k_pages, index_of, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
-            scales = tl.where(inside, token_scales(pages, page_base(pages)), 0.0)
+            scales = token_scales(pages, page_base(pages))
             levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
             scores = dot(q, levels.T) * scales[None, :]
             if k_fmt.centred:
@@ -194,6 +195,8 @@ def attend_kernel(
                 base *= tl.where(unit > 0, 1.0 / unit, 0.0)
             scales = tl.where(inside, token_scales(pages, base), 0.0)
             levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
+            if not EXACT:
+                levels = opaque(levels)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
             of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit
             if v_fmt.centred:
@@ -232,8 +235,8 @@ def attend_kernel(
         k_slots = k_dense + (b * heads + h) * (k_fmt.dense_rows * k_fmt.head_dim) + k_fmt.head_dim
         v_slots = v_dense + (b * heads + h) * (v_fmt.dense_rows * v_fmt.head_dim) + v_fmt.head_dim
         WINDOW: tl.constexpr = k_fmt.residual_window
-        for at in range(0, k_fmt.sink_tokens + WINDOW, TILE):
-            slot = at + tl.arange(0, TILE)
+        for at in range(0, k_fmt.sink_tokens + WINDOW, DENSE_TILE):
+            slot = at + tl.arange(0, DENSE_TILE)
             behind = slot - k_fmt.sink_tokens - packed.to(tl.int32) % WINDOW
             recent = k_fmt.sink_tokens + packed + tl.where(behind < 0, behind + WINDOW, behind)
             column = tl.where(slot < k_fmt.sink_tokens, slot, recent).to(tl.int64)
@@ -256,8 +259,8 @@ def attend_kernel(
             end = new
             if CAUSAL:  # the last row of the block sees no further
                 end = tl.minimum(new, (tl.program_id(0) * ROWS + ROWS - 1) // group + 1 + new - rows)
-            for at in range(0, end, TILE):
-                j = at + tl.arange(0, TILE)
+            for at in range(0, end, DENSE_TILE):
+                j = at + tl.arange(0, DENSE_TILE)
                 inside = j < new
                 address = j.to(tl.int64)[:, None]
                 keys = tl.load(keys_of + address * key_strides[2] + d_k[None, :], inside[:, None] & k_inside, other=0)

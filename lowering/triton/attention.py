@@ -150,7 +150,8 @@ def _attend(
         raise TypeError(f"query must be of the stored tokens' dtype {storage['k_dense'].dtype}, got {query.dtype}")
     group, new = q_heads // heads, 0 if key is None else key.shape[2]
     device, dtype, exact = query.device, query.dtype, query.dtype == torch.float32
-    query, key, value = (_last_dense(x) for x in (query, key, value))
+    query = _last_dense(query)
+    key, value = (x if x is None else _last_dense(x) for x in (key, value))
     launch = tuning.choose(tuning.architecture(device), rows * group, k_fmt, v_fmt, exact)
     blocks = triton.cdiv(rows * group, launch.rows)
     shares = tuning.shares(launch, device, blocks * batch * heads, capacity)
@@ -166,7 +167,7 @@ def _attend(
         return out.transpose(1, 2), lse
     attend_kernel[(blocks, batch * heads, shares)](
         query=query,
-        q_strides=query.stride()[:3],  # type: ignore[union-attr]
+        q_strides=query.stride()[:3],
         **storage,
         key=key,
         value=value,
@@ -194,8 +195,10 @@ def _attend(
         SHARES=shares,
         ROWS=launch.rows,
         TILE=launch.tile,
+        DENSE_TILE=launch.dense_tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )
     if shares > 1:
         width = triton.next_power_of_2(shares)
@@ -205,8 +208,8 @@ def _attend(
     return out.transpose(1, 2), lse
 
 
-def _last_dense(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _last_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:

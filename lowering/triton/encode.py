@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from tqc.format import PAGE_TOKENS as _PAGE_TOKENS
-from tqc.format import PackedFormat
 from tqc.format import SCALE_NAN as _SCALE_NAN
 from tqc.format import SCALE_STEPS as _SCALE_STEPS
 from tqc.format import SCALE_ZERO as _SCALE_ZERO
+from tqc.format import PackedFormat
 from tqc.quantizer import SCALE_SEARCH
 from tqc.quantizer import SCALE_SEARCH_BITS as _SCALE_SEARCH_BITS
 
@@ -172,7 +172,7 @@ def encode_page(page, y, centre, levels, boundaries, search, fmt: tl.constexpr):
 
 @triton.jit
 def decode_elements(page, centre, element, levels, fmt: tl.constexpr):
-    """Elements `element` [E] of a page's 32 tokens, rotated, float32 [32, E]: the plain way, for a page now and then."""
+    """Elements `element` [E] of a page's 32 tokens, rotated, float32 [32, E]: a plain way, for a page now and then."""
     token = tl.arange(0, PAGE_TOKENS)
     inside = element < fmt.head_dim
     codes = tl.zeros([PAGE_TOKENS, element.shape[0]], tl.int32)

@@ -26,6 +26,16 @@ def dot(a, b):
 
 
 @triton.jit
+def opaque(x):
+    """`x`, float16, itself. A product takes its operands in an order that suits how they were computed; where that
+    costs more than it saves, this hides it (as an effect, which the search for it stops at)."""
+    if INTERPRET:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
+
+
+@triton.jit
 def normalized(x, EXACT: tl.constexpr):
     """`x` [rows, n] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
     if EXACT:
@@ -75,19 +85,31 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _times_rotation(x, first, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    """x @ R for columns `first` and on of a tile, without the factor of `rotation`. Halves what shared memory holds."""
-    COLUMNS: tl.constexpr = x.shape[1]
-    if COLUMNS * WIDTH > (16384 if EXACT else 32768):
-        lower, upper = tl.split(x.reshape(x.shape[0], 2, COLUMNS // 2).permute(0, 2, 1))
+def _times_rotation(x, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    """x @ R without the factor of `rotation`, by pieces of the matrix that shared memory holds."""
+    if x.shape[1] * WIDTH > (8192 if EXACT else 16384):
+        HALF: tl.constexpr = x.shape[1] // 2
+        lower, upper = tl.split(x.reshape(x.shape[0], 2, HALF).permute(0, 2, 1))
+        result = _times_rotation_half(lower, 0, rotation, fmt, WIDTH, EXACT)
+        return result + _times_rotation_half(upper, HALF, rotation, fmt, WIDTH, EXACT)
+    else:
+        return _times_rotation_block(x, 0, rotation, fmt, WIDTH)
+
+
+@triton.jit
+def _times_rotation_half(x, first: tl.constexpr, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    if x.shape[1] * WIDTH > (8192 if EXACT else 16384):
+        HALF: tl.constexpr = x.shape[1] // 2
+        lower, upper = tl.split(x.reshape(x.shape[0], 2, HALF).permute(0, 2, 1))
         result = _times_rotation_block(lower, first, rotation, fmt, WIDTH)
-        return result + _times_rotation_block(upper, first + COLUMNS // 2, rotation, fmt, WIDTH)
+        return result + _times_rotation_block(upper, first + HALF, rotation, fmt, WIDTH)
     else:
         return _times_rotation_block(x, first, rotation, fmt, WIDTH)
 
 
 @triton.jit
-def _times_rotation_block(x, first, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr):
+def _times_rotation_block(x, first: tl.constexpr, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr):
+    """The part of columns `first` and on of a tile."""
     STRIDE: tl.constexpr = 4 * fmt.row_words
     column = first + tl.arange(0, x.shape[1])
     d = tl.arange(0, WIDTH)
@@ -105,7 +127,7 @@ def _times_rotation_block(x, first, rotation, fmt: tl.constexpr, WIDTH: tl.const
 def unrotated(acc, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
     """R' y for rows y in the column order of a tile, float32 [rows, WIDTH] in the natural order."""
     x, factor = normalized(acc, EXACT)
-    return _times_rotation(x, 0, rotation, fmt, WIDTH, EXACT) * (factor * (fmt.head_dim**-0.5))[:, None]
+    return _times_rotation(x, rotation, fmt, WIDTH, EXACT) * (factor * (fmt.head_dim**-0.5))[:, None]
 
 
 @triton.jit

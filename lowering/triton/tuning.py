@@ -18,14 +18,24 @@ MAX_SHARES = 128
 
 @dataclass(frozen=True)
 class Launch:
-    """tile: tokens decoded at once, a multiple of 32. rows: query rows of a program. programs_per_sm: how many programs
-    a share count aims at."""
+    """How a launch of the attention kernel is shaped.
+
+    Attributes:
+        tile: packed tokens decoded at once, a multiple of 32.
+        dense_tile: dense tokens taken at once.
+        rows: query rows of a program.
+        num_warps, num_stages: as Triton has them; a tile is fetched num_stages - 1 tiles ahead.
+        programs_per_sm: how many programs the number of shares aims at.
+        maxnreg: registers a thread may have, None for as many as the compiler likes: fewer make room for more warps.
+    """
 
     tile: int
+    dense_tile: int
     rows: int
     num_warps: int
     num_stages: int
     programs_per_sm: int = 2
+    maxnreg: int | None = None
 
 
 @cache
@@ -54,14 +64,18 @@ def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact
     """
     kind = "prefill" if rows > 64 else "decode"
     width = max(k_fmt.head_dim, v_fmt.head_dim)
-    block = 64 if rows > 32 else 32 if rows > 16 else 16
-    if kind == "prefill" and not exact and width <= 128:
-        block = 128
+    block = next(block for block in (16, 32, 64) if block >= min(rows, 64))
+    # Registers bound the tile: they hold its levels. Shared memory bounds the dense tile, which is not packed.
+    large = exact or width > 128
     default = Launch(
-        tile=(32 if width > 128 else 64) if exact or kind == "prefill" or width > 128 else 128,
+        tile=32 if exact else 64,
+        dense_tile=16 if large else 32,
         rows=block,
-        num_warps=8 if block == 128 or width > 128 else 4,
-        num_stages=3,
+        num_warps=8 if block == 64 or width > 128 else 4,
+        num_stages=2 if large else 3,
+        # Three programs of four warps to a multiprocessor where two would fit.
+        programs_per_sm=3 if block == 16 and not large else 2,
+        maxnreg=168 if block == 16 and not large else None,
     )
     key = f"{kind} d{k_fmt.head_dim} k{k_fmt.bits}v{v_fmt.bits}"
     tuned = {} if exact else _table().get(arch, {}).get(key, {})

@@ -54,7 +54,7 @@ def assert_same(ours, theirs, fmt):
     a, b = ops.read(*ours, length, str(fmt)).float(), ops.read(*theirs, length, str(fmt)).float()
     assert torch.equal(a.isnan(), b.isnan())
     a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
-    # A value on the boundary between two levels may get another code; what another page centre moves, codes make up for.
+    # A value on the boundary between two levels may get another code; codes make up for another page centre.
     assert (a - b).norm() <= 2 * tolerance * max(b.norm().item(), 1.0) + 0.05 * fmt.head_dim**-0.5 * b.norm()
     empty = (theirs[0] == 255).all(-1)
     assert (ours[0][empty] == 255).all()
