@@ -35,11 +35,21 @@ _GENERATE = [
     ("packed_step_ms", "ms a token, packed", ".1f"),
     ("dense_step_ms", "ms a token, dense", ".1f"),
     ("speedup", "speed over dense", ".2f"),
+    ("speedup_over_dense_rows", "over dense with our products", ".2f"),
     ("memory", "cache bytes over dense", ".3f"),
     ("packed_prefill_s", "prefill s, packed", ".1f"),
     ("dense_prefill_s", "prefill s, dense", ".1f"),
     ("packed_compile_s", "compile s, packed", ".0f"),
     ("dense_compile_s", "compile s, dense", ".0f"),
+]
+_FIRST_TOKEN = [
+    ("name", "", ""),
+    ("empty_caches_s", "seconds, empty caches", ".1f"),
+    ("warm_caches_s", "seconds, warm caches", ".1f"),
+]
+_STEP_PROFILE = [
+    ("context", "tokens in the cache", ",d"),
+    *((part, f"{part}, ms", ".2f") for part in ("weights", "attention", "append", "framework", "generate")),
 ]
 _PEERS = [("name", "", ""), ("weights", "weights", ""), ("cache", "cache", "")]
 _CONTEXTS = (256, 1024, 4096, 8000)
@@ -105,6 +115,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {
         "quality": Table("Quality, SmolLM2-135M-Instruct", _QUALITY),
         "generate": Table("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
+        "first_token": Table("From the command `tqc run` to its first token", _FIRST_TOKEN),
         "generate_peers": Table(
             "Decoding beside others on the CPU (all of them: docs/performance.md)",
             _PEERS_SHORT,
@@ -118,6 +129,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "quality_biased_keys": Table("Quality with a large bias in the keys, as Qwen2 models have", _QUALITY),
     },
     "docs/performance.md": {
+        "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),
         "generate_peers": Table("Decoding, beside others on the CPU", _PEERS_FULL),
         "attention": Table(_ATTENTION, _ATTENTION_FULL),
     },

@@ -21,7 +21,7 @@ import envelope
 
 def first_token_s(caches: Path, *options: str) -> float:
     """Seconds from the start of `tqc run` to the first text on its standard output."""
-    environment = {**os.environ, "TQC_CACHE_DIR": str(caches / "tqc"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "code")}
+    environment = {**os.environ, "TQC_CACHE_DIR": str(caches / "own"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "code")}
     command = [sys.executable, "-m", "tqc", "run", "What is gravity?", "--max-tokens", "5", *options]
     begin = time.perf_counter()
     with subprocess.Popen(
