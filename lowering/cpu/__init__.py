@@ -1,7 +1,8 @@
-"""The CPU provider: C++ kernels for x86-64 with AVX-512 or AVX2, and plain vector code for any other CPU.
+"""The CPU provider: C++ kernels for x86-64 with AVX-512 or AVX2, for 64-bit ARM with dot products, and plain vector
+code for any other CPU.
 
 The kernels are compiled at first use (see `build`). The environment variable TQC_CPU_LEVEL forces a level: scalar,
-avx2 or avx512.
+neon, avx2 or avx512.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ _AVX512 = {
     "avx512vbmi": "-mavx512vbmi",
     "avx512_vnni": "-mavx512vnni",
 }
-LEVELS = {"scalar": {}, "avx2": _AVX2, "avx512": {**_AVX2, **_AVX512}}
+_NEON = {"asimddp": "-march=armv8.2-a+dotprod"}
+LEVELS = {"scalar": {}, "neon": _NEON, "avx2": _AVX2, "avx512": {**_AVX2, **_AVX512}}
 
 
 class BuildError(RuntimeError):
@@ -42,15 +43,15 @@ class BuildError(RuntimeError):
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Feature flags of an x86-64 CPU as /proc/cpuinfo lists them; elsewhere what torch tells."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
+    """Feature flags of this CPU as /proc/cpuinfo lists them; elsewhere what torch and the kind of machine tell."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
+            if line.startswith(("flags", "Features")):
                 return frozenset(line.split(":", 1)[1].split())
     except OSError:
         pass
+    if platform.machine() == "arm64" and sys.platform == "darwin":
+        return frozenset(_NEON)
     return frozenset(_AVX2) if torch.backends.cpu.get_cpu_capability().startswith("AVX") else frozenset()
 
 

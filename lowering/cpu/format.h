@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <utility>
 
-#include "vec.h"
+#include "bytes.h"
 
 namespace tqc {
 
@@ -18,6 +19,18 @@ struct Plane {
   int width, shift, offset;
 };
 
+struct FormatArguments {
+  int dim, bits, centred, sinks, window, page_bytes, centre_offset;
+  Plane planes[4];
+  int plane_count;
+  const float *levels, *boundaries, *rotation;  // 2**bits, one less, [dim, dim]
+  bool hadamard;                                // whether the rotation is of that kind and dim a power of two
+  float score_variance;  // of a coordinate's coding error, as a share of the squared scale
+  int folded;
+};
+
+constexpr int INT8_BITS = 4;  // above, the error of int8 products would show beside that of the codes
+
 // All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
 struct Format {
   int dim, bits, centred, sinks, window, page_bytes, centre_offset, plane_count;
@@ -29,11 +42,46 @@ struct Format {
   float* rotation_t;       // R'
   float* signs;            // of a pure Hadamard rotation, R = hadamard_scale H diag(signs); else null
   float hadamard_scale;
-  alignas(64) int8_t levels8[64];          // round(levels / level8_step), again and again, for at most 6 bits
-  alignas(64) uint8_t levels8_biased[64];  // the same plus 128
-  float level8_step;
-  float score_variance;    // of a coordinate's coding error, as a share of the squared scale
+  // Levels as bytes, for at most 4 bits, again and again: signed in units of level8_step, or with LEVEL_BIAS added in
+  // units of score_step.
+  alignas(64) int8_t levels8[64];
+  alignas(64) uint8_t levels8_biased[64];
+  float level8_step, score_step;
+  float score_variance;
 };
+
+inline float* aligned_copy(const float* from, int rows, int dim, bool transposed) {
+  const int ld = padded(dim);
+  auto* to = (float*)aligned_alloc(64, size_t(rows) * ld * sizeof(float));
+  memset(to, 0, size_t(rows) * ld * sizeof(float));
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < dim; ++c) to[r * ld + c] = transposed ? from[c * dim + r] : from[r * dim + c];
+  return to;
+}
+
+inline Format* make_format(const FormatArguments& a) {
+  auto* f = new Format{a.dim, a.bits, a.centred, a.sinks, a.window, a.page_bytes, a.centre_offset, a.plane_count, a.folded};
+  const int count = 1 << a.bits;
+  std::copy(a.planes, a.planes + a.plane_count, f->planes);
+  std::fill(std::begin(f->boundaries), std::end(f->boundaries), INFINITY);
+  std::copy(a.levels, a.levels + count, f->levels);
+  std::copy(a.boundaries, a.boundaries + count - 1, f->boundaries);
+  f->score_variance = a.score_variance;
+  f->rotation = aligned_copy(a.rotation, a.dim, a.dim, false);
+  f->rotation_t = aligned_copy(a.rotation, a.dim, a.dim, true);
+  if (a.hadamard) {
+    f->signs = aligned_copy(a.rotation, 1, a.dim, false);
+    for (int i = 0; i < a.dim; ++i) f->signs[i] = a.rotation[i] < 0 ? -1.0f : 1.0f;
+    f->hadamard_scale = std::fabs(a.rotation[0]);
+  }
+  f->level8_step = f->levels[count - 1] / 127;
+  f->score_step = f->levels[count - 1] / (LEVEL_BIAS - 1);
+  for (int i = 0; i < 64 && a.bits <= INT8_BITS; ++i) {
+    f->levels8[i] = int8_t(std::nearbyint(f->levels[i % count] / f->level8_step));
+    f->levels8_biased[i] = uint8_t(std::nearbyint(f->levels[i % count] / f->score_step) + LEVEL_BIAS);
+  }
+  return f;
+}
 
 // Factor of each scale code; exact powers of two times the first 32.
 extern float scale_factors[256];

@@ -115,9 +115,9 @@ inline vf lane_sums(vf* x) {
   }
 }
 
-// out[rows, cols of 32] = a[rows, depth] b[32, depth]'; depth and ld are multiples of PAD, cols is rounded up to W. For
+// out[rows, cols] = a[rows, depth] b[32, depth]'; depth and ld are multiples of PAD, cols is rounded up to W. For
 // few rows, where a transpose of b would cost more than it saves.
-inline void gemm_transposed(float* out, const float* a, const float* b, int ld, int rows, int depth, int cols) {
+inline void gemm_transposed(float* out, int ldo, const float* a, const float* b, int ld, int rows, int depth, int cols) {
   for (int r = 0; r < rows; ++r)
     for (int t = 0; t < cols; t += W) {
       vf sum[W] = {};
@@ -125,7 +125,7 @@ inline void gemm_transposed(float* out, const float* a, const float* b, int ld, 
         const vf left = load(a + r * ld + i);
         for (int lane = 0; lane < W; ++lane) sum[lane] += left * load(b + (t + lane) * ld + i);
       }
-      store(out + r * 32 + t, lane_sums(sum));
+      store(out + r * ldo + t, lane_sums(sum));
     }
 }
 

@@ -298,60 +298,26 @@ PyObject* py_attend(PyObject*, PyObject* const* args, Py_ssize_t n) try {
   return nullptr;
 }
 
-float* aligned_copy(const float* from, int rows, int dim, bool transposed) {
-  const int ld = padded(dim);
-  auto* to = (float*)aligned_alloc(64, size_t(rows) * ld * sizeof(float));
-  memset(to, 0, size_t(rows) * ld * sizeof(float));
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < dim; ++c) to[r * ld + c] = transposed ? from[c * dim + r] : from[r * dim + c];
-  return to;
-}
-
 // make_format(dim, bits, centred, sinks, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
 // is_hadamard, score_variance, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
-  int dim, bits, centred, sinks, window, page_bytes, centre_offset, hadamard, folded;
+  FormatArguments a{};
   PyObject* planes;
   unsigned long long levels, boundaries, rotation;
-  float score_variance;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &dim, &bits, &centred, &sinks, &window, &page_bytes, &centre_offset,
-                        &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard, &score_variance, &folded))
+  int hadamard;
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &a.dim, &a.bits, &a.centred, &a.sinks, &a.window, &a.page_bytes,
+                        &a.centre_offset, &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard,
+                        &a.score_variance, &a.folded))
     return nullptr;
-  auto* f = new Format{};
-  f->dim = dim;
-  f->bits = bits;
-  f->score_variance = score_variance;
-  f->centred = centred;
-  f->folded = folded;
-  f->sinks = sinks;
-  f->window = window;
-  f->page_bytes = page_bytes;
-  f->centre_offset = centre_offset;
-  f->plane_count = int(PyTuple_GET_SIZE(planes));
-  for (int i = 0; i < f->plane_count; ++i)
-    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(planes, i), "iii", &f->planes[i].width, &f->planes[i].shift,
-                          &f->planes[i].offset)) {
-      delete f;
+  a.plane_count = int(PyTuple_GET_SIZE(planes));
+  for (int i = 0; i < a.plane_count; ++i)
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(planes, i), "iii", &a.planes[i].width, &a.planes[i].shift, &a.planes[i].offset))
       return nullptr;
-    }
-  for (float& x : f->boundaries) x = INFINITY;
-  memcpy(f->levels, (const float*)levels, sizeof(float) << bits);
-  memcpy(f->boundaries, (const float*)boundaries, sizeof(float) * ((1 << bits) - 1));
-  const float* matrix = (const float*)rotation;
-  f->rotation = aligned_copy(matrix, dim, dim, false);
-  f->rotation_t = aligned_copy(matrix, dim, dim, true);
-  if (hadamard) {
-    f->signs = aligned_copy(matrix, 1, dim, false);
-    for (int i = 0; i < dim; ++i) f->signs[i] = matrix[i] < 0 ? -1.0f : 1.0f;
-    f->hadamard_scale = std::fabs(matrix[0]);
-  }
-  const int count = 1 << bits;
-  f->level8_step = f->levels[count - 1] / 127;
-  for (int i = 0; i < 64 && bits <= 6; ++i) {
-    f->levels8[i] = int8_t(std::nearbyint(f->levels[i % count] / f->level8_step));
-    f->levels8_biased[i] = uint8_t(f->levels8[i] + 128);
-  }
-  return PyLong_FromVoidPtr(f);
+  a.levels = (const float*)levels;
+  a.boundaries = (const float*)boundaries;
+  a.rotation = (const float*)rotation;
+  a.hadamard = hadamard;
+  return PyLong_FromVoidPtr(make_format(a));
 }
 
 // setup(exchange capsule, on_unknown_spec, empty_strided, (float32, bfloat16, float16), scale table address,

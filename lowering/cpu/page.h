@@ -96,13 +96,26 @@ inline void page_scales(float* out, const uint8_t* page) {
 #endif
 }
 
+// Low nibbles of some bytes, then their high ones; writes whole vectors.
+inline void unpack_nibbles(uint8_t* out, const uint8_t* in, int count) {
+  if (count % 16) {
+    for (int i = 0; i < count; ++i) out[i] = in[i] & 15, out[count + i] = in[i] >> 4;
+    return;
+  }
+  for (int i = 0; i < count; i += 16) {
+    const b16 x = load_as<b16>(in + i), low = x & 15, high = x >> 4;
+    memcpy(out + i, &low, 16);
+    memcpy(out + count + i, &high, 16);
+  }
+}
+
 // The page's own centre, out [padded(dim)], zeros behind dim.
 inline void page_centre(float* out, const uint8_t* page, const Format& f) {
   const float step = read_float(page + 4);
-  const uint8_t* code = page + f.centre_offset;
-  const int half = f.dim / 2;
-  for (int i = 0; i < half; ++i) out[i] = float(int(code[i] & 15) - CENTRE_ZERO) * step;
-  for (int i = 0; i < half; ++i) out[half + i] = float(int(code[i] >> 4) - CENTRE_ZERO) * step;
+  uint8_t codes[512];
+  unpack_nibbles(codes, page + f.centre_offset, f.dim / 2);
+  for (int i = 0; i < f.dim; i += W)
+    store(out + i, (__builtin_convertvector(load_as<vw>(codes + i), vf) - float(CENTRE_ZERO)) * step);
   for (int i = f.dim; i < padded(f.dim); ++i) out[i] = 0;
 }
 

@@ -1,4 +1,5 @@
-// Scores, softmax and weighted sum of up to 32 tokens for a block of query rows, in float32.
+// Scores, softmax and weighted sum of some tokens for a block of query rows: whole packed pages by int8 products, up to
+// four at a time; anything else in float32, up to 32 tokens at a time.
 #pragma once
 #include "int8.h"
 
@@ -6,6 +7,9 @@ namespace tqc {
 
 extern thread_local Scratch scratch;
 extern bool use_int8;  // tests turn it off
+
+constexpr int TILE = (UNSIGNED_MAX == 255 ? 4 : 1) * PAGE;  // weights of 7 bits need a scale for each page
+constexpr int SCORES_LD = TILE + PAD;  // no power of two: rows would share a set of the cache
 
 // Broadcast to [batch, query heads, rows, columns] by byte strides, 0 where an axis is of size 1.
 struct Mask {
@@ -24,42 +28,49 @@ struct Tile {
   int64_t head, first, causal_limit;
   int group;
 
-  float *query, *rotated, *head_bias, *bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
-  uint8_t *codes, *weights8;
-  int8_t* query8;
-  int32_t *scores8, *bias_sum;
+  float *query, *rotated, *head_bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
   float *query_step, *factor, *sums, *variance;
-  ScorePage score_page = nullptr;
-  SumPage sum_page = nullptr;
+  uint8_t *codes, *weights8, *nibbles;
+  Staged staged;
+  int8_t *query8, *query_lanes;
+  int32_t* query_sum;
+  Layout layout_k, layout_v;
+  bool int8 = false;
 
   Tile(const View& k, const View& v, int64_t b, int64_t h, int count)
-      : k(k), v(v), b(b), h(h), count(count), ldk(padded(k.store.f->dim)), ldv(padded(v.store.f->dim)) {}
+      : k(k), v(v), b(b), h(h), count(count), ldk(padded(k.store.f->dim)), ldv(padded(v.store.f->dim)),
+        layout_k(*k.store.f), layout_v(*v.store.f) {}
 
   void reserve(Scratch& s) {
     const int widest = std::max(ldk, ldv);
-    s.reserve(4 * (size_t(count) * (3 * ldk + ldv + 2 * PAGE + 8 + W + 16) + 64 * widest + 32 * ldk + 3 * widest + 128) + 64 * widest + 4096);
+    s.reserve(4 * (size_t(count) * (4 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 3 * widest + TILE) +
+              count * (ldk + BYTES + ldk * LANES) + (2 * PAGE + 2 * TILE + 4) * widest + 16 * TILE + 8192);
     query = s.take<float>(count * ldk);
     rotated = s.take<float>(count * ldk);
     unrotated = s.take<float>(count * ldv);
     head_bias = s.take<float>(count);
-    bias = s.take<float>(count);
-    scores = s.take<float>(count * PAGE);
+    scores = s.take<float>(count * SCORES_LD);
     keys = s.take<float>(ldk * PAGE);
     values = s.take<float>(widest * PAGE);
     centre_k = s.take<float>(ldk);
     centre_v = s.take<float>(ldv);
     centre = s.take<float>(widest);
-    added = s.take<float>(PAGE);
+    added = s.take<float>(TILE);
     codes = s.take<uint8_t>(2 * PAGE * widest);
-    weights8 = s.take<uint8_t>(count * PAGE);
-    query8 = s.take<int8_t>(count * ldk);
-    scores8 = s.take<int32_t>(count * PAGE);
-    bias_sum = s.take<int32_t>(count);
+    staged.first = s.take<uint8_t>(TILE * widest);
+    staged.second = s.take<uint8_t>(TILE * std::max(16, widest / 8));
+    nibbles = s.take<uint8_t>(4 * query_bytes());
+    weights8 = s.take<uint8_t>(count * TILE);
+    query8 = s.take<int8_t>(count * query_bytes());
+    query_lanes = s.take<int8_t>(count * ldk * LANES);
+    query_sum = s.take<int32_t>(count);
     query_step = s.take<float>(count);
     factor = s.take<float>(count);
     sums = s.take<float>(count * W);
     variance = s.take<float>(count);
   }
+
+  int query_bytes() const { return (ldk + BYTES - 1) / BYTES * BYTES; }
 
   // Call once `query` is filled.
   void start() {
@@ -71,12 +82,17 @@ struct Tile {
     memset(sums, 0, sizeof(float) * count * W);
     if (k.packed_end() <= k.packed_begin()) return;
     rotate_rows(rotated, query, count, fk, false);
-    if (use_int8) {
-      score_page = score_page_of(fk);
-      sum_page = sum_page_of(fv);
+    int8 = use_int8 && HAS_INT8 && fk.bits <= INT8_BITS && fv.bits <= INT8_BITS;
+    if (int8) memset(nibbles, 0, 4 * query_bytes());
+    for (int r = 0; r < count && int8; ++r) {
+      int8_t* row = query8 + r * query_bytes();
+      memset(row, 0, query_bytes());
+      query_step[r] = quantize_query(row, query_sum + r, rotated + r * ldk, ldk);
+      for (int i = 0; i < ldk; i += 16) {
+        const vb lanes = repeat<16>((uint8_t*)row + i);
+        memcpy(query_lanes + (r * ldk + i) * LANES, &lanes, BYTES);
+      }
     }
-    for (int r = 0; r < count && score_page; ++r)
-      query_step[r] = quantize_query(query8 + r * ldk, rotated + r * ldk, ldk, bias_sum + r) * fk.level8_step;
     for (int r = 0; r < count; ++r)
       variance[r] = 0.5f * fk.score_variance * scale * dot(query + r * ldk, query + r * ldk, ldk);
     for (int r = 0; r < count; ++r) head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
@@ -85,6 +101,13 @@ struct Tile {
   // Attend to tokens [t, end), whose values are all packed or all not.
   void run(int64_t t, int64_t end) {
     while (t < end) {
+      if (const int pages = whole_pages(t, end)) {
+        score_pages(t, pages);
+        soften(t, pages * PAGE);
+        accumulate_pages(t, pages);
+        t += pages * PAGE;
+        continue;
+      }
       const int64_t limit = std::min(end, t + PAGE);
       Run keys_at = k.at(b, h, t, end), values_at = v.at(b, h, t, end);
       const int tokens = int(std::min(extent(k, keys_at, limit), extent(v, values_at, limit)) - t);
@@ -92,6 +115,47 @@ struct Tile {
       soften(t, tokens);
       accumulate(values_at, t, tokens);
       t += tokens;
+    }
+  }
+
+  // How many pages of both tensors begin at token t together, for int8 products.
+  int whole_pages(int64_t t, int64_t end) const {
+    const int64_t into_k = t - k.packed_begin(), into_v = t - v.packed_begin();
+    if (!int8 || into_k < 0 || into_v < 0 || into_k % PAGE || into_v % PAGE) return 0;
+    const int64_t tokens = std::min({k.packed_end(), v.packed_end(), end}) - t;
+    return int(std::max<int64_t>(0, std::min<int64_t>(tokens, TILE) / PAGE));
+  }
+
+  // Scores of whole pages, as `score` makes them.
+  void score_pages(int64_t t, int pages) {
+    const Format& f = *k.store.f;
+    const int tokens = pages * PAGE;
+    float scales[TILE], steps[4] = {};
+    for (int p = 0; p < pages; ++p) {
+      const uint8_t* page = k.store.page(b, h, (t - k.packed_begin()) / PAGE + p);
+      stage_page<false>(staged, p, page, codes, f, layout_k);
+      page_scales(scales + p * PAGE, page);
+      steps[p] = read_float(page + 4);
+      if (f.centred) unpack_nibbles(nibbles + p * query_bytes(), page + f.centre_offset, f.dim / 2);
+    }
+    const ScoreArgs args{(int32_t*)scores, SCORES_LD, tokens, count, staged, layout_k, f.levels8_biased, query_lanes, ldk * LANES};
+    score_codes_of(layout_k)(args, Prefetch(k.store.page(b, h, (t - k.packed_begin()) / PAGE + pages), pages * k.store.pages_page, tokens / W));
+    for (int r = 0; r < count; ++r) {
+      float* row = scores + r * SCORES_LD;
+      const float step = query_step[r] * f.score_step;
+      float constants[4] = {};
+      if (f.centred) {
+        const i4 at_centre = dot_nibbles(nibbles, query8 + r * query_bytes(), query_bytes()) - CENTRE_ZERO * query_sum[r];
+        for (int p = 0; p < pages; ++p) constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
+      }
+      for (int p = 0; p < pages; ++p) {
+        const vf constant = splat(constants[p]);
+        for (int i = p * PAGE; i < (p + 1) * PAGE; i += W) {
+          const vf token = load(scales + i);
+          const vf product = __builtin_convertvector(load_as<vi>(row + i) - LEVEL_BIAS * query_sum[r], vf) * step;
+          store(row + i, (product + token * variance[r]) * token + constant);
+        }
+      }
     }
   }
 
@@ -123,43 +187,34 @@ struct Tile {
   void score(const Run& run, int64_t at, int tokens) {
     const Format& f = *k.store.f;
     if (run.kind == Kind::Zeros) {
-      memset(scores, 0, sizeof(float) * count * PAGE);
+      memset(scores, 0, sizeof(float) * count * SCORES_LD);
     } else if (run.kind == Kind::Rows) {
       gather(values, ldk, k, at, tokens);
       memset(values + tokens * ldk, 0, sizeof(float) * (PAGE - tokens) * ldk);
-      if (count <= 8) return gemm_transposed(scores, query, values, ldk, count, ldk, tokens);
+      if (count <= 8) return gemm_transposed(scores, SCORES_LD, query, values, ldk, count, ldk, tokens);
       transpose_floats(keys, values, ldk, ldk);
-      gemm(scores, PAGE, query, ldk, keys, PAGE, count, PAGE, f.dim, false);
+      gemm(scores, SCORES_LD, query, ldk, keys, PAGE, count, PAGE, f.dim, false);
     } else {
       float scales[2 * PAGE];
       page_scales(scales, run.page);
-      const bool int8 = score_page && tokens == PAGE;
-      if (!int8 || !scores_from_planes(f)) unpack_page(codes, ldk, run.page, f);
-      if (int8) {
-        score_page(scores8, run.page, codes, query8, count, ldk, f);
-      } else {
-        uint8_t* turned = (uint8_t*)values;
-        transpose_bytes(turned, codes + run.offset * ldk, ldk, ldk);
-        look_up(keys, turned, f.dim * PAGE, f);
-        gemm(scores, PAGE, rotated, ldk, keys, PAGE, count, PAGE, f.dim, false);
-      }
+      uint8_t* turned = (uint8_t*)values;
+      unpack_page(codes, ldk, run.page, f);
+      transpose_bytes(turned, codes + run.offset * ldk, ldk, ldk);
+      look_up(keys, turned, f.dim * PAGE, f);
+      gemm(scores, SCORES_LD, rotated, ldk, keys, PAGE, count, PAGE, f.dim, false);
       if (f.centred) page_centre(centre, run.page, f);
       for (int t = tokens; t < PAGE; ++t) scales[run.offset + t] = 0;
       for (int r = 0; r < count; ++r) {
         vf constant = splat(f.centred ? dot(rotated + r * ldk, centre, ldk) + head_bias[r] : 0.0f);
         for (int t = 0; t < PAGE; t += W) {
-          float* s = scores + r * PAGE + t;
-          vf product = load(s);
-          if (int8)
-            product = __builtin_convertvector(load_as<vi>(scores8 + r * PAGE + t) - bias_sum[r], vf) * query_step[r];
+          float* s = scores + r * SCORES_LD + t;
           const vf token = load(scales + run.offset + t);
-          store(s, (product + token * variance[r]) * token + constant);
+          store(s, (load(s) + token * variance[r]) * token + constant);
         }
       }
     }
   }
 
-  // Whether a row's 32 columns need `added` or a cut; fills it.
   void load_mask(int64_t q_head, int64_t row, int64_t t, int tokens) {
     const char* p = mask->data + b * mask->batch + q_head * mask->head + row * mask->row + t * mask->column;
     for (int i = 0; i < tokens; ++i, p += mask->column)
@@ -169,38 +224,45 @@ struct Tile {
   // Scores to weights e**(s - top), running maximum and sum; rescales `out` where the maximum rose.
   void soften(int64_t t, int tokens) {
     int64_t loaded = -1;
+    const int columns = (tokens + PAGE - 1) / PAGE * PAGE;
     for (int r = 0; r < count; ++r) {
-      float* s = scores + r * PAGE;
+      float* s = scores + r * SCORES_LD;
       const int64_t row = (first + r) / group, q_head = head + (first + r) % group;
       if (mask->data && (loaded != row || mask->head)) {
         load_mask(q_head, row, t, tokens);
         loaded = row;
       }
-      int64_t visible = std::min<int64_t>(tokens, causal_limit + row + 1 - t);
+      const int64_t visible = std::min<int64_t>(tokens, causal_limit + row + 1 - t);
       const vf old = splat(top[r]);
       vf peak = old;
-      vi rose{};
-      for (int i = 0; i < PAGE; i += W) {
-        vf x = load(s + i) * scale;
-        if (softcap != 0) x = vtanh(x / softcap) * softcap;
-        if (mask->data) {
-          vf m = load(added + i);
-          x = mask->dtype == BOOL ? (m < 0.0f ? m : x) : x + m;
+      if (mask->data || softcap != 0 || visible < columns) {
+        for (int i = 0; i < columns; i += W) {
+          vf x = load(s + i) * scale;
+          if (softcap != 0) x = vtanh(x / softcap) * softcap;
+          if (mask->data) {
+            vf m = load(added + i);
+            x = mask->dtype == BOOL ? (m < 0.0f ? m : x) : x + m;
+          }
+          if (visible < i + W)
+            for (int lane = 0; lane < W; ++lane)
+              if (i + lane >= visible) x[lane] = -INFINITY;
+          store(s + i, x);
+          peak = vmax(x, peak);
         }
-        if (visible < i + W)
-          for (int lane = 0; lane < W; ++lane)
-            if (i + lane >= visible) x[lane] = -INFINITY;
-        store(s + i, x);
-        rose |= x > old;
-        peak = vmax(x, peak);
+      } else {
+        for (int i = 0; i < columns; i += W) {
+          const vf x = load(s + i) * scale;
+          store(s + i, x);
+          peak = vmax(x, peak);
+        }
       }
-      if (any(rose)) {
+      if (any(peak > old)) {
         top[r] = hmax(peak);
         rescale(r, old[0] == -INFINITY ? 0.0f : std::exp(old[0] - top[r]));
       }
       const vf base = splat(top[r] == -INFINITY ? 0.0f : top[r]);
       vf total = load(sums + r * W);
-      for (int i = 0; i < PAGE; i += W) {
+      for (int i = 0; i < columns; i += W) {
         vf p = vexp(load(s + i) - base);
         store(s + i, p);
         total += p;
@@ -223,40 +285,65 @@ struct Tile {
   void accumulate(const Run& run, int64_t at, int tokens) {
     const Format& f = *v.store.f;
     if (run.kind == Kind::Zeros) return;
-    if (run.kind == Kind::Rows) {
-      gather(values, ldv, v, at, tokens);
-      gemm(out, ldv, scores, PAGE, values, ldv, count, ldv, tokens, true);
-      return;
-    }
+    if (run.kind == Kind::Rows) gather(values, ldv, v, at, tokens);
+    else weigh(run.page, run.offset, 0, tokens);
+    if (run.kind == Kind::Packed) decode_levels(run.page, run.offset, tokens);
+    gemm(out, ldv, scores, SCORES_LD, values, ldv, count, ldv, tokens, true);
+  }
+
+  void decode_levels(const uint8_t* page, int offset, int tokens) {
+    unpack_page(codes, ldv, page, *v.store.f);
+    look_up(values, codes + offset * ldv, tokens * ldv, *v.store.f);
+  }
+
+  // Columns [column, column + 32): weights times scales; what the centres add goes to `out`.
+  void weigh(const uint8_t* page, int offset, int column, int tokens) {
+    const Format& f = *v.store.f;
     float scales[2 * PAGE];
-    page_scales(scales, run.page);
-    for (int t = tokens; t < PAGE; ++t) scales[run.offset + t] = 0;
+    page_scales(scales, page);
+    for (int t = tokens; t < PAGE; ++t) scales[offset + t] = 0;
     if (f.centred) {
-      page_centre(centre, run.page, f);
+      page_centre(centre, page, f);
       for (int i = 0; i < ldv; i += W) store(centre + i, load(centre + i) + load(centre_v + i));
     }
     for (int r = 0; r < count; ++r) {
       vf total{};
       for (int t = 0; t < PAGE; t += W) {
-        float* s = scores + r * PAGE + t;
-        vf weight = load(s);
+        float* s = scores + r * SCORES_LD + column + t;
+        const vf weight = load(s);
         total += weight;
-        store(s, weight * load(scales + run.offset + t));
+        store(s, weight * load(scales + offset + t));
       }
       if (!f.centred) continue;
-      vf weight = splat(hsum(total));
+      const vf weight = splat(hsum(total));
       float* o = out + r * ldv;
       for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) + weight * load(centre + i));
     }
-    bool int8 = sum_page && tokens == PAGE;
-    for (int r = 0; r < count && int8; ++r) {
-      factor[r] = quantize_weights(weights8 + r * PAGE, scores + r * PAGE) * f.level8_step;
-      int8 = factor[r] == factor[r];
+  }
+
+  // As `accumulate`, for whole pages.
+  void accumulate_pages(int64_t t, int pages) {
+    const Format& f = *v.store.f;
+    const int64_t first_page = (t - v.packed_begin()) / PAGE;
+    for (int p = 0; p < pages; ++p) weigh(v.store.page(b, h, first_page + p), 0, p * PAGE, PAGE);
+    bool finite = true;
+    for (int r = 0; r < count; ++r) {
+      factor[r] = quantize_weights(weights8 + r * TILE, scores + r * SCORES_LD, pages * PAGE) * f.level8_step;
+      finite &= factor[r] == factor[r];
     }
-    if (!int8 || !sums_from_planes(f)) unpack_page(codes, ldv, run.page, f);
-    if (int8) return sum_page(out, ldv, run.page, codes, weights8, factor, count, f);
-    look_up(values, codes + run.offset * ldv, tokens * ldv, f);
-    gemm(out, ldv, scores, PAGE, values, ldv, count, ldv, tokens, true);
+    for (int p = 0; p < pages; ++p) {
+      const uint8_t* page = v.store.page(b, h, first_page + p);
+      if (finite) {
+        stage_page<true>(staged, p, page, codes, f, layout_v);
+      } else {
+        decode_levels(page, 0, PAGE);
+        gemm(out, ldv, scores + p * PAGE, SCORES_LD, values, ldv, count, ldv, PAGE, true);
+      }
+    }
+    if (!finite) return;
+    const SumArgs args{out, ldv, pages * PAGE, count, staged, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor};
+    sum_codes_of(layout_v)(args, Prefetch(v.store.page(b, h, first_page + pages), pages * v.store.pages_page,
+                                          pages * PAGE / 4 * layout_v.first_chunks));
   }
 };
 

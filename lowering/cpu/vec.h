@@ -22,6 +22,7 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef uint8_t vw __attribute__((vector_size(W)));
 typedef uint8_t b16 __attribute__((vector_size(16)));
 
 inline int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
@@ -69,10 +70,15 @@ inline float hmax(vf v) {
 #endif
 }
 
-// e**x for x <= 88, to about one unit in the last place; 0 below -87, NaN for NaN.
+// e**x for x <= 88, to about one unit in the last place; 0 or next to it below -87, NaN for NaN.
 inline vf vexp(vf x) {
+#if defined(__AVX512F__)
+  x = (vf)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second one where either is NaN
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
   x = x > 88.0f ? splat(88.0f) : x;
-  vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+#endif
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vf p = r * (1.0f / 720) + (1.0f / 120);
@@ -81,8 +87,12 @@ inline vf vexp(vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vu bits = (vu)p + ((vu)__builtin_convertvector(n, vi) << 23);
   return x < -87.0f ? vf{} : (vf)bits;
+#endif
 }
 
 inline vf vtanh(vf x) {

@@ -340,16 +340,17 @@ def test_accepts():
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["even", "peaked"])
 @pytest.mark.parametrize("bits", range(1, 6))
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_int8_products_add_little_to_the_formats_own_error(head_dim, bits, spread):
+@pytest.mark.parametrize("provider", [name for name in LEVELS if name != "scalar"], indirect=True)
+def test_int8_products_add_little_to_the_formats_own_error(provider, head_dim, bits, spread):
     """Added error of the output by int8 products, against the error that packing makes: at most 5 %."""
     k_fmt, v_fmt = PackedFormat(head_dim, bits, True), PackedFormat(head_dim, bits, False)
     generator = torch.Generator().manual_seed(bits)
     keys, values = (torch.randn(1, 4, 2000, head_dim, generator=generator) for _ in range(2))
-    query = torch.randn(1, 16, 1, head_dim, generator=generator) * spread
+    query = torch.randn(1, 16, 16, head_dim, generator=generator) * spread
     k, v = make_store(1, 4, 2000, k_fmt, torch.float32), make_store(1, 4, 2000, v_fmt, torch.float32)
     cpu.append(*k, keys, None, str(k_fmt))
     cpu.append(*v, values, None, str(v_fmt))
-    rest = (None, None, None, None, None, head_dim**-0.5, 0.0, True, str(k_fmt), str(v_fmt))
+    rest = (None, None, None, None, None, head_dim**-0.5, 0.0, False, str(k_fmt), str(v_fmt))
     kernels = cpu._kernels()
     outputs = {}
     for int8 in (False, True):

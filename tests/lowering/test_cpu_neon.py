@@ -1,0 +1,88 @@
+"""The CPU kernels for 64-bit ARM, cross-compiled and run under an emulator."""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tqc import ops
+from tqc.format import PackedFormat, scale_table
+from tqc.lowering.cpu import build
+
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+if not COMPILER or not EMULATOR:
+    pytest.skip(
+        "needs aarch64-linux-gnu-g++ and qemu-aarch64 (g++-aarch64-linux-gnu, qemu-user)", allow_module_level=True
+    )
+
+HEADS, GROUP, LENGTH = 2, 4, 500
+
+
+@pytest.fixture(scope="module", params=["neon", "scalar"])
+def binary(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("neon") / "kernels"
+    flags = ["-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-w", "-static", f"-I{build.SOURCES}"]
+    source = Path(__file__).with_name("neon_main.cpp")
+    subprocess.run([COMPILER, *flags, *build.LEVELS[request.param].values(), str(source), "-o", str(path)], check=True)
+    return path
+
+
+def stored(fmt, tokens):
+    pages = torch.zeros(1, HEADS, -(-LENGTH // 32), fmt.page_bytes, dtype=torch.uint8)
+    store = pages, torch.zeros(1, HEADS, fmt.dense_rows, fmt.head_dim), torch.zeros(2, dtype=torch.int64)
+    ops.append(*store, tokens, None, str(fmt))
+    return store
+
+
+def describe(fmt):
+    """A format as `Tensor` of neon_main.cpp reads it."""
+    power_of_two = fmt.head_dim & (fmt.head_dim - 1) == 0
+    planes = [number for plane in fmt.planes for number in plane]
+    head = (
+        fmt.head_dim,
+        fmt.bits,
+        fmt.centred,
+        fmt.sink_tokens,
+        fmt.residual_window,
+        fmt.page_bytes,
+        fmt.centre_offset,
+    )
+    numbers = struct.pack(
+        f"<8if2i{len(planes)}i", *head, power_of_two, fmt.score_variance, HEADS, len(fmt.planes), *planes
+    )
+    return [np.frombuffer(numbers, np.uint8), fmt.levels(), fmt.boundaries(), fmt.rotation_matrix()]
+
+
+@pytest.mark.parametrize("head_dim, k_bits, v_bits", [(128, 4, 2), (64, 3, 3), (64, 1, 1), (80, 2, 4), (128, 3, 5)])
+def test_kernels_under_emulation(binary, tmp_path, head_dim, k_bits, v_bits):
+    generator = torch.Generator().manual_seed(head_dim + k_bits)
+    formats = PackedFormat(head_dim, k_bits, True), PackedFormat(head_dim, v_bits, False)
+    keys, values = (torch.randn(1, HEADS, LENGTH, head_dim, generator=generator) for _ in formats)
+    query = torch.randn(1, HEADS * GROUP, 1, head_dim, generator=generator)
+    k, v = stored(formats[0], keys), stored(formats[1], values)
+    arrays = [scale_table()]
+    for fmt, tokens, store in zip(formats, (keys, values), (k, v), strict=True):
+        arrays += [*describe(fmt), tokens, *store]
+    with (tmp_path / "in").open("wb") as file:
+        for array in (*arrays, query):
+            data = np.ascontiguousarray(array).tobytes()
+            file.write(struct.pack("<q", len(data)) + data)
+    subprocess.run([EMULATOR, binary, tmp_path / "in", tmp_path / "out"], check=True, timeout=120)
+    result = (tmp_path / "out").read_bytes()
+    for store in (k, v):
+        pages = torch.frombuffer(bytearray(result[: store[0].nbytes]), dtype=torch.uint8).view_as(store[0])
+        assert (pages[:, :, :, 64:] == store[0][:, :, :, 64:]).float().mean() >= 0.99
+        result = result[store[0].nbytes :]
+    plain, int8 = torch.frombuffer(bytearray(result), dtype=torch.float32).view(2, *query.shape)
+
+    rest = (None, None, None, None, None, head_dim**-0.5, 0.0, False, *map(str, formats))
+    expected, _ = ops.attend(query, *k, *v, *rest)
+    torch.testing.assert_close(plain, expected, atol=2e-5, rtol=0)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    packing = (expected - exact).square().sum()
+    assert (int8 - exact).square().sum() - packing <= 0.05 * packing
+    assert (int8 - expected).square().sum() <= 0.1 * packing
