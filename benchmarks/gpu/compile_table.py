@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel of the CUDA provider, for sm_80, sm_90 and sm_100: no GPU is needed.
+"""What the compiler makes of the CUDA provider's kernels, for sm_80, sm_90 and sm_100: no GPU is needed.
 
     python benchmarks/gpu/compile_table.py                      all cases; writes compile_table.json beside this file
     python benchmarks/gpu/compile_table.py --show               print the table of that file
@@ -73,16 +73,17 @@ def _read(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
     provider.read(*_parts(k_fmt), 4096, k_fmt.spec)
 
 
-CALLS = {"decode": _attend(1), "chunk": _attend(256), "append 1": _append(1), "append 512": _append(512), "read": _read}
+CALLS = {"decode": _attend(1), "append 1": _append(1), "append 512": _append(512), "read": _read, "chunk": _attend(256)}
+HOPPER_ONLY = ("read", "chunk")
 
 
 def cases() -> list[tuple[str, str, PackedFormat, PackedFormat]]:
     """(name, call, formats). Every setting is compiled for decoding, one of each head_dim for the other calls."""
     result = []
-    for head_dim, k_bits, v_bits in SETTINGS:
-        k_fmt, v_fmt = PackedFormat(head_dim, k_bits, True), PackedFormat(head_dim, v_bits, False)
-        for call in CALLS:
+    for call in CALLS:
+        for head_dim, k_bits, v_bits in SETTINGS:
             if call == "decode" or (k_bits, v_bits) == (4, 2):
+                k_fmt, v_fmt = PackedFormat(head_dim, k_bits, True), PackedFormat(head_dim, v_bits, False)
                 result.append((f"{call} d{head_dim} k{k_bits}v{v_bits}", call, k_fmt, v_fmt))
     return result
 
@@ -147,9 +148,9 @@ def main() -> None:
     out = arguments.out or (TABLE if complete else None)
     notes = ["Compiled, never run: no figure here is a time."]
     rows = []
-    for arch in arguments.arch:
-        for name, call, k_fmt, v_fmt in cases():
-            if name.startswith(arguments.case):
+    for name, call, k_fmt, v_fmt in cases():
+        for arch in arguments.arch:
+            if name.startswith(arguments.case) and (arch == 90 or call not in HOPPER_ONLY):
                 rows += compile_case(arch, name, call, k_fmt, v_fmt)
                 print(f"{ARCHITECTURES[arch]} {name}", file=sys.stderr, flush=True)
                 if out:

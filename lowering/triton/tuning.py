@@ -12,6 +12,8 @@ import torch
 from tqc.format import PAGE_TOKENS, PackedFormat
 
 TABLE = Path(__file__).with_name("tuned.json")
+# Architectures with 99 KB of shared memory to a program, where others have 163 or more.
+SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")
 # More shares than this cost more in joining them than they bring.
 MAX_SHARES = 128
 
@@ -64,7 +66,9 @@ def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact
     """
     kind = "prefill" if rows > 64 else "decode"
     width = max(k_fmt.head_dim, v_fmt.head_dim)
-    block = next(block for block in (16, 32, 64) if block >= min(rows, 64))
+    block = 16 if exact else next(block for block in (16, 32, 64) if block >= min(rows, 64))
+    if width > 128 and arch in SMALL_SHARED_MEMORY:
+        block = min(block, 32)
     # Registers bound the tile: they hold its levels. Shared memory bounds the dense tile, which is not packed.
     large = exact or width > 128
     default = Launch(

@@ -67,7 +67,7 @@ def assert_same(ours, theirs, fmt):
 
 
 @given(data=st.data())
-@settings(drawn, max_examples=15)
+@settings(drawn, max_examples=10)
 def test_append_stores_what_the_reference_stores(triton_device, data):
     fmt = data.draw(formats)
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -94,8 +94,8 @@ def test_append_stores_what_the_reference_stores(triton_device, data):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_pages_are_the_references_bytes(triton_device, bits):
     fmt = PackedFormat(128, bits, centred=True)
-    new = torch.randn(1, 2, 300, 128, generator=torch.Generator().manual_seed(bits))
-    ours, theirs = make_store(1, 2, 300, fmt, torch.float32, triton_device), make_store(1, 2, 300, fmt, torch.float32)
+    new = torch.randn(1, 1, 220, 128, generator=torch.Generator().manual_seed(bits))
+    ours, theirs = make_store(1, 1, 220, fmt, torch.float32, triton_device), make_store(1, 1, 220, fmt, torch.float32)
     ops.append(*theirs, new, None, str(fmt))
     append(*ours, new.to(triton_device), None, str(fmt))
     pages = [store[0][:, :, 1 : int(theirs[2][1]) // 32].cpu() for store in (ours, theirs)]
@@ -106,16 +106,16 @@ def test_pages_are_the_references_bytes(triton_device, bits):
 
 
 @given(data=st.data())
-@settings(drawn, max_examples=5)
+@settings(drawn, max_examples=4)
 def test_how_tokens_are_split_over_calls_leaves_no_trace(triton_device, data):
-    fmt = data.draw(formats)
+    fmt = PackedFormat(data.draw(st.sampled_from([64, 80])), 3, data.draw(st.booleans()), residual_window=32)
     dtype = data.draw(st.sampled_from(DTYPES))
-    cuts = sorted(data.draw(st.lists(st.integers(0, 190), min_size=1, max_size=4)))
-    tokens = torch.randn(1, 2, 190, fmt.head_dim, generator=torch.Generator().manual_seed(len(cuts))).to(dtype)
+    cuts = sorted(data.draw(st.lists(st.integers(0, 150), min_size=1, max_size=4)))
+    tokens = torch.randn(1, 2, 150, fmt.head_dim, generator=torch.Generator().manual_seed(len(cuts))).to(dtype)
     tokens = tokens.to(triton_device)
-    whole, parts = (make_store(1, 2, 190, fmt, dtype, triton_device) for _ in range(2))
+    whole, parts = (make_store(1, 2, 150, fmt, dtype, triton_device) for _ in range(2))
     append(*whole, tokens, None, str(fmt))
-    for begin, end in zip([0, *cuts], [*cuts, 190], strict=True):
+    for begin, end in zip([0, *cuts], [*cuts, 150], strict=True):
         append(*parts, tokens[:, :, begin:end], None, str(fmt))
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[2], parts[2])
@@ -149,7 +149,7 @@ def test_arguments_that_do_not_fit_are_refused(triton_device):
     with pytest.raises(ValueError, match="spec"):
         append(*store, new, None, str(PackedFormat(128, 3, True)))
     with pytest.raises(ValueError, match="contiguous"):
-        append(store[0].transpose(0, 1).contiguous().transpose(0, 1)[:, :, ::1], *store[1:], new, None, str(fmt))
+        append(torch.cat([store[0]] * 2, dim=2)[:, :, ::2], *store[1:], new, None, str(fmt))
     with pytest.raises(ValueError, match="same tokens"):
         append_pair(*store, new, *store, new[:, :, :0], None, str(fmt), str(fmt))
     assert store[2].tolist() == [0, 0]
