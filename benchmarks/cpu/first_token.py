@@ -1,9 +1,10 @@
 """How long `tqc run` takes to its first token, from the command on: with empty caches, with warm ones, and dense.
 
-    python benchmarks/cpu/first_token.py                   5 tokens of the embedded model, float32
+    python benchmarks/cpu/first_token.py                   the embedded model, float32
 
-"Empty" means that neither a converted model, nor a built kernel, nor compiled code is in the user's cache folder. The
-commands run one after the other in processes of their own. Rows go to benchmarks/results/first_token.json.
+One token is asked for: the text of a longer answer shows only once a word is whole, a token or two later. "Empty"
+means that neither a converted model, nor a built kernel, nor compiled code is in the user's cache folder. The commands
+run one after the other in processes of their own. Rows go to benchmarks/results/first_token.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import envelope
 def first_token_s(caches: Path, *options: str) -> float:
     """Seconds from the start of `tqc run` to the first text on its standard output."""
     environment = {**os.environ, "TQC_CACHE_DIR": str(caches / "own"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "code")}
-    command = [sys.executable, "-m", "tqc", "run", "What is gravity?", "--max-tokens", "5", *options]
+    command = [sys.executable, "-m", "tqc", "run", "What is gravity?", "--max-tokens", "1", *options]
     begin = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd=caches
