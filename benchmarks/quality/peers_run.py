@@ -35,6 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="peers.py", description="See peers.py.")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the text that is decoded")
     parser.add_argument("--biased-keys", action="store_true", help="put a constant of norm 600 into the keys")
+    parser.add_argument("--presets", nargs="+", default=SETTINGS, metavar="PRESET", help="which presets")
+    parser.add_argument("--no-peers", action="store_true", help="presets and the dense run alone")
     arguments = parser.parse_args()
     sys.argv[0] = str(Path(__file__).with_name("peers.py"))
 
@@ -45,7 +47,13 @@ def main() -> None:
     console = Console(width=120)
     with Console(stderr=True).status("starting") as status:
         found = evaluate(
-            model, tokenizer, SETTINGS, tokens=arguments.tokens, passkey_tokens=1024, peers=True, on_step=status.update
+            model,
+            tokenizer,
+            arguments.presets,
+            tokens=arguments.tokens,
+            passkey_tokens=1024,
+            peers=not arguments.no_peers,
+            on_step=status.update,
         )
     console.print(found)
     notes = [
