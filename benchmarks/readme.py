@@ -67,6 +67,7 @@ _PEERS_FULL = [
     *((f"prefill_tokens_s_{context}", f"prefill tokens/s, {context:,}", ".0f") for context in _CONTEXTS),
     *((f"peak_mb_{context}", f"peak MB, {context:,}", ",d") for context in (256, 8000)),
     ("same_8000", "same tokens at 8,000", ".0%"),
+    ("read_gb_s", "GB/s before", ".0f"),
     ("date", "date", ""),
 ]
 _ATTENTION_SHORT = [

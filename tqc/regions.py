@@ -75,13 +75,12 @@ def _inductor(module: GraphModule, examples: list[Any], cpp_wrapper: bool = Fals
 
     context = TracingContext(detect_fake_mode(examples))
     # AOTAutograd's own cache would return the wrapper without asking for the code inside; Inductor's stays on.
-    # Sizes are dynamo's to guard.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         tracing(context),
         functorch_config.patch(enable_autograd_cache=False),
-        inductor_config.patch(cpp_wrapper=cpp_wrapper, size_asserts=False),
+        inductor_config.patch(cpp_wrapper=cpp_wrapper),
     ):
         function = compile_fx(module, examples, inner_compile=inner_compile, decompositions=decompositions())
     if len(compiled) != 1 or not _plain(context.fw_metadata) or compiled[0][1] != len(examples):
