@@ -59,12 +59,14 @@ def _torch(name: str, environment: str, kind: str, backend: str | None, cache: s
     return Peer(name, environment, "transformers", settings, "float32", cache)
 
 
+# What the others' predictions are compared with; measured first, so that it is there.
+REFERENCE = _torch("eager, DynamicCache", "", "dynamic", None, "float32")
 PEERS = (
+    REFERENCE,
     _torch("tqc default", "", "dynamic", "tqai", "3 bits", options={"preset": "default"}),
     _torch("tqc kv-only", "", "dynamic", "tqai", "4 and 2 bits", options={"preset": "kv-only"}),
     _torch("Inductor, DynamicCache", "", "dynamic", "inductor", "float32"),
     _torch("Inductor, StaticCache", "", "static", "inductor", "float32"),
-    _torch("eager, DynamicCache", "", "dynamic", None, "float32"),
     _torch("transformers hqq", "hqq", "hqq", None, "4 bits"),
     _torch("transformers quanto", "quanto", "quanto", None, "4 bits"),
     _torch("tqai 0.6.1", "tqai", "tqai", None, "4 and 2 bits, decoded to float32"),
@@ -92,7 +94,6 @@ PEERS = (
 class Results:
     """benchmarks/results/generate_peers.json, written whenever a row is added."""
 
-    contexts: list[int]
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -100,16 +101,14 @@ class Results:
         if file.exists():  # read anew: another process may have added to it
             self.rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
         self.rows[row["name"]] = row
-        order = [peer.name for peer in PEERS]
-        rows = sorted(
-            (self.rows[name] for name in order if name in self.rows), key=lambda row: order.index(row["name"])
-        )
-        reference = self.rows.get("eager, DynamicCache", {})
-        for row in rows:
-            for context in self.contexts:
-                own, other = (r.get("predictions", {}).get(str(context), []) for r in (row, reference))
-                if own and len(own) == len(other):
-                    row[f"same_{context}"] = round(sum(a == b for a, b in zip(own, other, strict=True)) / len(own), 3)
+        reference = self.rows.get(REFERENCE.name, {}).get("predictions", {})
+        for context, own in row.get("predictions", {}).items():
+            other = reference.get(context, [])
+            if own and len(own) == len(other):
+                row[f"same_{context}"] = round(sum(a == b for a, b in zip(own, other, strict=True)) / len(own), 3)
+        if row["name"] != REFERENCE.name:
+            row.pop("predictions", None)
+        rows = [self.rows[peer.name] for peer in PEERS if peer.name in self.rows]
         notes = [
             "Times of decoding are medians over the steps. Peak memory is that of the whole process, so for torch it "
             "holds torch itself and float32 weights. The increase is that of the time of a token from the shortest to "
@@ -212,7 +211,7 @@ def main() -> None:
         "model": model,
         "gguf": str(embedded_gguf()),
     }
-    results = Results(arguments.contexts)
+    results = Results()
     for peer in PEERS:
         if arguments.only and peer.name not in arguments.only:
             continue

