@@ -11,21 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.common import OPTIONS
 from tqc import report
 from tqc.packed_tensor import PackedTensor
 from tqc.passes.plan import Plan
 
 VOCAB = 128
-# Few recent tokens, so that 80 tokens make pages; 8 bits, so that only mistakes show.
-OPTIONS: dict[str, Any] = {
-    "provider": "reference",
-    "rest": "eager",
-    "residual_window": 32,
-    "sink_tokens": 4,
-    "bits_k": 8,
-    "bits_v": 8,
-}
-
 _DECODER = {
     "vocab_size": VOCAB,
     "hidden_size": 64,

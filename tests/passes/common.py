@@ -9,19 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.common import OPTIONS
 from tqc import report
 from tqc.config import Config
 from tqc.packed_tensor import PackedTensor, pack
 from tqc.passes.plan import Plan, Site
-
-OPTIONS: dict[str, Any] = {
-    "provider": "reference",
-    "rest": "eager",
-    "residual_window": 32,
-    "sink_tokens": 4,
-    "bits_k": 8,
-    "bits_v": 8,
-}
 
 
 def tensors(
