@@ -14,11 +14,14 @@ all pages are encoded at once.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
+from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from tqc.format import PackedFormat
 from tqc.lowering.triton.encode import (
@@ -27,6 +30,7 @@ from tqc.lowering.triton.encode import (
     decode_elements,
     encode_page,
     finite_mean,
+    packed_format,
     rotation,
     search_factors,
 )
@@ -40,14 +44,16 @@ ONE_LAUNCH_TOKENS = 64
 PAGES_PER_PROGRAM = 4
 
 
-def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str) -> None:
+def append(
+    pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str, traced: bool = False
+) -> None:
     """As `tqc.ops.append`.
 
     Raises:
         ValueError: if shapes or dtypes do not fit each other and `spec`. Whether `pages` has room is known to the
             device alone: what does not fit is not written (TRITON_DEBUG=1 makes it an assertion).
     """
-    _launch([_checked(pages, dense, state, new, spec)], start)
+    _launch([_checked(pages, dense, state, new, spec)], start, traced)
 
 
 def append_pair(
@@ -62,6 +68,7 @@ def append_pair(
     start: Tensor | None,
     k_spec: str,
     v_spec: str,
+    traced: bool = False,
 ) -> None:
     """`append` of keys and of values by the same launches.
 
@@ -73,7 +80,7 @@ def append_pair(
             f"key and value must hold the same tokens, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
         )
     keys = _checked(k_pages, k_dense, k_state, key, k_spec)
-    _launch([keys, _checked(v_pages, v_dense, v_state, value, v_spec)], start)
+    _launch([keys, _checked(v_pages, v_dense, v_state, value, v_spec)], start, traced)
 
 
 def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str):
@@ -92,23 +99,33 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
     return pages, dense, state, new, fmt
 
 
-def _launch(tensors: list, start: Tensor | None) -> None:
-    arguments: list[tuple | None] = []
-    formats: list[PackedFormat | None] = []
-    for pages, dense, state, new, fmt in tensors:
-        tables = _tables(fmt, new.dtype, new.device)
-        arguments.append((pages, pages.shape[2], dense, state, new, new.stride(), *tables))
-        formats.append(fmt)
-    if len(tensors) == 1:
-        arguments.append(None)
-        formats.append(None)
+# Arguments of one tensor, as `_append` takes them with k_ or v_ in front.
+_ARGUMENTS = ("pages", "num_pages", "dense", "state", "new", "batch", "head", "row", "column")
+_TABLES = ("levels", "boundaries", "search", "matrix", "gain")
+_NO_VALUES = dict.fromkeys((f"v_{name}" for name in (*_ARGUMENTS, *_TABLES, "spec")), None)
+
+
+def _launch(tensors: list, start: Tensor | None, traced: bool) -> None:
+    arguments: dict[str, Any] = dict(_NO_VALUES)
+    for side, (pages, dense, state, new, fmt) in zip("kv", tensors, strict=False):
+        parts = (pages, pages.shape[2], dense, state, new, *new.stride(), *_tables(fmt, new.dtype, new.device))
+        arguments |= {f"{side}_{name}": part for name, part in zip((*_ARGUMENTS, *_TABLES), parts, strict=True)}
+        arguments[f"{side}_spec"] = fmt.spec
     batch, heads, count, _ = tensors[0][3].shape
     programs = batch * heads
     warps = min(8, max(4, max(fmt.head_dim for *_, fmt in tensors) // 32))
+    kernel = wrap_triton(_append) if traced else _append
 
     def launch(chunks: int, prepare: bool, encode: bool, store: bool) -> None:
-        _append[(programs, chunks, len(tensors))](
-            *arguments, *formats, start, count, heads, prepare, encode, store, num_warps=warps
+        kernel[(programs, chunks, len(tensors))](
+            **arguments,
+            start=start,
+            count=count,
+            heads=heads,
+            PREPARE=prepare,
+            ENCODE=encode,
+            STORE=store,
+            num_warps=warps,
         )
 
     if count <= ONE_LAUNCH_TOKENS:
@@ -122,7 +139,8 @@ def _launch(tensors: list, start: Tensor | None) -> None:
 
 @cache
 def _tables(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> tuple:
-    return fmt.levels(device), fmt.boundaries(device), search_factors(device), *rotation(fmt, dtype, device)
+    with no_modes():
+        return fmt.levels(device), fmt.boundaries(device), search_factors(device), *rotation(fmt, dtype, device)
 
 
 @triton.jit
@@ -255,20 +273,78 @@ def _append_tensor(
 
 @triton.jit
 def _append(
-    keys,
-    values,
-    k_fmt: tl.constexpr,
-    v_fmt: tl.constexpr,
+    k_pages,
+    k_num_pages,
+    k_dense,
+    k_state,
+    k_new,
+    k_batch,
+    k_head,
+    k_row,
+    k_column,
+    k_levels,
+    k_boundaries,
+    k_search,
+    k_matrix,
+    k_gain,
+    v_pages,
+    v_num_pages,
+    v_dense,
+    v_state,
+    v_new,
+    v_batch,
+    v_head,
+    v_row,
+    v_column,
+    v_levels,
+    v_boundaries,
+    v_search,
+    v_matrix,
+    v_gain,
     start,
     count,
     heads,
+    k_spec: tl.constexpr,
+    v_spec: tl.constexpr,
     PREPARE: tl.constexpr,
     ENCODE: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """One head of keys, or of values where the third program index is 1."""
+    """One head of keys, or of values where the third program index is 1; without values, all of v_* is None.
+
+    Args:
+        *_batch, *_head, *_row, *_column: strides of the new tokens. The tables are those of `_tables`.
+    """
     if tl.program_id(2) == 0:
+        k_fmt: tl.constexpr = packed_format(k_spec)
+        keys = (
+            k_pages,
+            k_num_pages,
+            k_dense,
+            k_state,
+            k_new,
+            (k_batch, k_head, k_row, k_column),
+            k_levels,
+            k_boundaries,
+            k_search,
+            k_matrix,
+            k_gain,
+        )
         _append_tensor(keys, k_fmt, start, count, heads, PREPARE, ENCODE, STORE)
-    if v_fmt is not None:
+    if v_spec is not None:
         if tl.program_id(2) == 1:
+            v_fmt: tl.constexpr = packed_format(v_spec)
+            values = (
+                v_pages,
+                v_num_pages,
+                v_dense,
+                v_state,
+                v_new,
+                (v_batch, v_head, v_row, v_column),
+                v_levels,
+                v_boundaries,
+                v_search,
+                v_matrix,
+                v_gain,
+            )
             _append_tensor(values, v_fmt, start, count, heads, PREPARE, ENCODE, STORE)

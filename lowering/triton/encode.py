@@ -50,6 +50,15 @@ def search_factors(device: torch.device) -> torch.Tensor:
     return torch.tensor([2.0 ** (steps / SCALE_STEPS.value) for steps in SCALE_SEARCH]).to(device)
 
 
+@triton.constexpr_function
+def packed_format(spec: str):
+    """The format of a spec. Kernels take the spec: it is what torch can keep in a graph."""
+    # Inductor copies the text of this function to where it compiles a kernel: what it needs is imported here.
+    from tqc import format
+
+    return format.PackedFormat.parse(spec)
+
+
 @triton.jit
 def all_finite(y):
     """Whether each row of `y` holds neither NaN nor infinity."""

@@ -104,6 +104,15 @@ def _tile_format(fmt: PackedFormat) -> TileFormat:
 
 
 @triton.constexpr_function
+def tile_format(spec: str):
+    """The `TileFormat` of a spec. Kernels take the spec: it is what torch can keep in a graph."""
+    # Inductor copies the text of this function to where it compiles a kernel: what it needs is imported here.
+    from tqc.lowering.triton import page
+
+    return page.TileFormat.of(page.PackedFormat.parse(spec))
+
+
+@triton.constexpr_function
 def mask_word(width: int, every: int) -> int:
     """32-bit word in which the lowest `width` of each `every` bits are set, as a signed number."""
     word = sum(((1 << width) - 1) << at for at in range(0, 32, every))

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from tqc.format import PackedFormat
-from tqc.lowering.triton.attention import rotation
+from tqc.lowering.triton.attention import levels, rotation
 from tqc.lowering.triton.page import (
     PAGE,
     TileFormat,
@@ -17,13 +18,14 @@ from tqc.lowering.triton.page import (
     column_element,
     levels_tile,
     page_base,
+    tile_format,
     token_scales,
 )
 from tqc.lowering.triton.tile import unrotated
 
 
 @triton.jit
-def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt: tl.constexpr):
+def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, spec: tl.constexpr):
     """Grid: (1 + pages' worth of tokens behind the sinks, batch * heads); program 0 copies the sinks.
 
     Args:
@@ -31,6 +33,7 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt
         matrix: sqrt(head_dim) R, float32. levels: the format's, float32.
         out: [batch * heads, length, head_dim].
     """
+    fmt: tl.constexpr = tile_format(spec)
     head = tl.program_id(1).to(tl.int64)
     WIDTH: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
     SINKS: tl.constexpr = fmt.sink_tokens
@@ -69,7 +72,7 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt
         tl.store(target + token * fmt.head_dim, result.to(out.dtype.element_ty), mask=(token < length) & inside)
 
 
-def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
+def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str, traced: bool = False) -> Tensor:
     """As `tqc.ops.read`."""
     fmt = TileFormat.of(PackedFormat.parse(spec))
     batch, heads = dense.shape[:2]
@@ -77,8 +80,7 @@ def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) ->
     if out.numel() == 0:
         return out
     grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE.value), batch * heads)
-    matrix, levels = rotation(fmt, dense.device, True), fmt.levels(dense.device)
-    read_kernel[grid](
-        pages.contiguous(), dense.contiguous(), state, matrix, levels, out, length, pages.shape[2], fmt, num_warps=4
-    )
+    tables = rotation(fmt, dense.device, True), levels(fmt, dense.device)
+    kernel = wrap_triton(read_kernel) if traced else read_kernel
+    kernel[grid](pages.contiguous(), dense.contiguous(), state, *tables, out, length, pages.shape[2], spec, num_warps=4)
     return out
