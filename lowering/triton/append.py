@@ -13,6 +13,7 @@ all pages are encoded at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
-from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from tqc.format import PackedFormat
 from tqc.lowering.triton.encode import (
@@ -30,6 +30,7 @@ from tqc.lowering.triton.encode import (
     decode_elements,
     encode_page,
     finite_mean,
+    gain,
     packed_format,
     rotation,
     search_factors,
@@ -45,15 +46,24 @@ PAGES_PER_PROGRAM = 4
 
 
 def append(
-    pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str, traced: bool = False
+    pages: Tensor,
+    dense: Tensor,
+    state: Tensor,
+    new: Tensor,
+    start: Tensor | None,
+    spec: str,
+    tables: Sequence[Tensor] | None = None,
 ) -> None:
     """As `tqc.ops.append`.
+
+    Args:
+        tables: those of `append_tables`, given where torch shall see the launch (see `traced_ops`); as below.
 
     Raises:
         ValueError: if shapes or dtypes do not fit each other and `spec`. Whether `pages` has room is known to the
             device alone: what does not fit is not written (TRITON_DEBUG=1 makes it an assertion).
     """
-    _launch([_checked(pages, dense, state, new, spec)], start, traced)
+    _launch([_checked(pages, dense, state, new, spec)], start, tables)
 
 
 def append_pair(
@@ -68,7 +78,7 @@ def append_pair(
     start: Tensor | None,
     k_spec: str,
     v_spec: str,
-    traced: bool = False,
+    tables: Sequence[Tensor] | None = None,
 ) -> None:
     """`append` of keys and of values by the same launches.
 
@@ -80,7 +90,7 @@ def append_pair(
             f"key and value must hold the same tokens, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
         )
     keys = _checked(k_pages, k_dense, k_state, key, k_spec)
-    _launch([keys, _checked(v_pages, v_dense, v_state, value, v_spec)], start, traced)
+    _launch([keys, _checked(v_pages, v_dense, v_state, value, v_spec)], start, tables)
 
 
 def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str):
@@ -101,20 +111,21 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
 
 # Arguments of one tensor, as `_append` takes them with k_ or v_ in front.
 _ARGUMENTS = ("pages", "num_pages", "dense", "state", "new", "batch", "head", "row", "column")
-_TABLES = ("levels", "boundaries", "search", "matrix", "gain")
-_NO_VALUES = dict.fromkeys((f"v_{name}" for name in (*_ARGUMENTS, *_TABLES, "spec")), None)
+_TABLES = ("levels", "boundaries", "search", "matrix")
+_NO_VALUES = dict.fromkeys((f"v_{name}" for name in (*_ARGUMENTS, *_TABLES, "gain", "spec")), None)
 
 
-def _launch(tensors: list, start: Tensor | None, traced: bool) -> None:
+def _launch(tensors: list, start: Tensor | None, tables: Sequence[Tensor] | None) -> None:
+    kernel = _append if tables is None else wrap_triton(_append)
     arguments: dict[str, Any] = dict(_NO_VALUES)
-    for side, (pages, dense, state, new, fmt) in zip("kv", tensors, strict=False):
-        parts = (pages, pages.shape[2], dense, state, new, *new.stride(), *_tables(fmt, new.dtype, new.device))
-        arguments |= {f"{side}_{name}": part for name, part in zip((*_ARGUMENTS, *_TABLES), parts, strict=True)}
-        arguments[f"{side}_spec"] = fmt.spec
+    for index, (pages, dense, state, new, fmt) in enumerate(tensors):
+        of_format = append_tables(fmt.spec, new.dtype, new.device) if tables is None else tables[4 * index :][:4]
+        values = (pages, pages.shape[2], dense, state, new, *new.stride(), *of_format, gain(fmt, new.dtype), fmt.spec)
+        names = (*_ARGUMENTS, *_TABLES, "gain", "spec")
+        arguments |= {f"{'kv'[index]}_{name}": item for name, item in zip(names, values, strict=True)}
     batch, heads, count, _ = tensors[0][3].shape
     programs = batch * heads
     warps = min(8, max(4, max(fmt.head_dim for *_, fmt in tensors) // 32))
-    kernel = wrap_triton(_append) if traced else _append
 
     def launch(chunks: int, prepare: bool, encode: bool, store: bool) -> None:
         kernel[(programs, chunks, len(tensors))](
@@ -138,9 +149,10 @@ def _launch(tensors: list, start: Tensor | None, traced: bool) -> None:
 
 
 @cache
-def _tables(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> tuple:
-    with no_modes():
-        return fmt.levels(device), fmt.boundaries(device), search_factors(device), *rotation(fmt, dtype, device)
+def append_tables(spec: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """What the kernel reads besides its arguments: levels, boundaries between them, scales to try, the rotation."""
+    fmt = PackedFormat.parse(spec)
+    return fmt.levels(device), fmt.boundaries(device), search_factors(device), rotation(fmt, dtype, device)
 
 
 @triton.jit
@@ -286,7 +298,7 @@ def _append(
     k_boundaries,
     k_search,
     k_matrix,
-    k_gain,
+    k_gain: tl.constexpr,
     v_pages,
     v_num_pages,
     v_dense,
@@ -300,7 +312,7 @@ def _append(
     v_boundaries,
     v_search,
     v_matrix,
-    v_gain,
+    v_gain: tl.constexpr,
     start,
     count,
     heads,
@@ -313,7 +325,7 @@ def _append(
     """One head of keys, or of values where the third program index is 1; without values, all of v_* is None.
 
     Args:
-        *_batch, *_head, *_row, *_column: strides of the new tokens. The tables are those of `_tables`.
+        *_batch, *_head, *_row, *_column: strides of the new tokens. The tables are those of `append_tables`.
     """
     if tl.program_id(2) == 0:
         k_fmt: tl.constexpr = packed_format(k_spec)

@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.library import wrap_triton
-from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.lowering.triton import tuning
@@ -36,11 +35,12 @@ def attend(
     is_causal: bool,
     k_spec: str,
     v_spec: str,
-    traced: bool = False,
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `tqc.ops.attend`, but keys and values that hold different tokens give NaNs: to raise is to wait.
 
-    Here and below, `traced` is for `tqc.lowering.triton.traced_ops`.
+    Args:
+        tables: those of `attend_tables`, given where torch shall see the launch (see `traced_ops`); as below.
     """
     storage = dict(
         k_pages=k_pages,
@@ -59,8 +59,9 @@ def attend(
         BLOCK_PAGES=1,
     )
     capacity = k_pages.shape[2] * PAGE_TOKENS
-    rest = (key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, traced)
-    return _attend(query, storage, capacity, *rest)
+    return _attend(
+        query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, tables
+    )
 
 
 def attend_paged(
@@ -83,7 +84,7 @@ def attend_paged(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
     is_causal: bool = True,
-    traced: bool = False,
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a ragged batch over pages that sequences hold in any order, as serving engines keep them.
 
@@ -122,8 +123,9 @@ def attend_paged(
         BLOCK_PAGES=block_pages,
     )
     capacity = page_table.shape[1] * block_pages * PAGE_TOKENS
-    rest = (key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, traced)
-    return _attend(query, storage, capacity, *rest)
+    return _attend(
+        query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, tables
+    )
 
 
 @cache
@@ -147,7 +149,7 @@ def _attend(
     is_causal: bool,
     k_spec: str,
     v_spec: str,
-    traced: bool,
+    tables: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     k_fmt, v_fmt = _formats(k_spec, v_spec)
     if (key is None) != (value is None):
@@ -175,6 +177,8 @@ def _attend(
         part_lse = torch.empty(shares, *lse.shape, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out.transpose(1, 2), lse
+    traced = tables is not None
+    k_rotation, v_rotation, k_levels, v_levels = tables or attend_tables(k_spec, v_spec, dtype, device)
     kernel = wrap_triton(attend_kernel) if traced else attend_kernel
     kernel[(blocks, batch * heads, shares)](
         query=query,
@@ -192,10 +196,10 @@ def _attend(
         mask_row_step=mask_strides[2],
         mask_step=mask_strides[3],
         sinks=sinks,
-        k_rotation=rotation(k_fmt, device, exact),
-        v_rotation=rotation(v_fmt, device, exact),
-        k_levels=levels(k_fmt, device),
-        v_levels=levels(v_fmt, device),
+        k_rotation=k_rotation,
+        v_rotation=v_rotation,
+        k_levels=k_levels,
+        v_levels=v_levels,
         out=parts,
         lse=part_lse,
         scale=scale,
@@ -255,14 +259,13 @@ def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
 
 
 @cache
-def rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
-    """sqrt(head_dim) R: all signs for a Hadamard matrix of a power of two, so that float16 holds it exactly."""
-    with no_modes():  # made once, for whoever comes: not a fake tensor, nor a node of a graph
-        return (fmt.rotation_matrix(device) * fmt.head_dim**0.5).to(torch.float32 if exact else torch.float16)
+def attend_tables(k_spec: str, v_spec: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """What the kernel reads besides its arguments, for stored tokens of `dtype`: rotations and levels."""
+    fmts, exact = _formats(k_spec, v_spec), dtype == torch.float32
+    return *(rotation(fmt, device, exact) for fmt in fmts), *(fmt.levels(device) for fmt in fmts)
 
 
 @cache
-def levels(fmt: PackedFormat, device: torch.device) -> Tensor:
-    """The format's levels, float32."""
-    with no_modes():
-        return fmt.levels(device)
+def rotation(fmt: PackedFormat, device: torch.device, exact: bool) -> Tensor:
+    """sqrt(head_dim) R: all signs for a Hadamard matrix of a power of two, so that float16 holds it exactly."""
+    return (fmt.rotation_matrix(device) * fmt.head_dim**0.5).to(torch.float32 if exact else torch.float16)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from tqc.format import PackedFormat
-from tqc.lowering.triton.attention import levels, rotation
+from tqc.lowering.triton.attention import rotation
 from tqc.lowering.triton.page import (
     PAGE,
     TileFormat,
@@ -72,15 +75,26 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, spe
         tl.store(target + token * fmt.head_dim, result.to(out.dtype.element_ty), mask=(token < length) & inside)
 
 
-def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str, traced: bool = False) -> Tensor:
-    """As `tqc.ops.read`."""
+def read(
+    pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str, tables: Sequence[Tensor] | None = None
+) -> Tensor:
+    """As `tqc.ops.read`; `tables`, those of `read_tables`, are given where torch shall see the launch."""
     fmt = TileFormat.of(PackedFormat.parse(spec))
     batch, heads = dense.shape[:2]
     out = torch.empty(batch, heads, length, fmt.head_dim, dtype=dense.dtype, device=dense.device)
     if out.numel() == 0:
         return out
     grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE.value), batch * heads)
-    tables = rotation(fmt, dense.device, True), levels(fmt, dense.device)
-    kernel = wrap_triton(read_kernel) if traced else read_kernel
-    kernel[grid](pages.contiguous(), dense.contiguous(), state, *tables, out, length, pages.shape[2], spec, num_warps=4)
+    kernel = read_kernel if tables is None else wrap_triton(read_kernel)
+    matrix, levels = tables or read_tables(spec, dense.device)
+    kernel[grid](
+        pages.contiguous(), dense.contiguous(), state, matrix, levels, out, length, pages.shape[2], spec, num_warps=4
+    )
     return out
+
+
+@cache
+def read_tables(spec: str, device: torch.device) -> tuple[Tensor, ...]:
+    """The rotation and the levels, as `read_kernel` takes them."""
+    fmt = PackedFormat.parse(spec)
+    return rotation(fmt, device, True), fmt.levels(device)
