@@ -142,3 +142,13 @@ def test_inductor_launches_the_kernels(over_cuda):
     # In place: nothing is copied between what the graph makes its cache of and the launch.
     assert len(calls[:first]) == len(CACHE)
     assert [row["ptx"] for row in over_cuda["inductor"]["compiled"]] == [True] * 3
+
+
+def test_a_step_of_the_runtime_neither_waits_nor_copies(over_cuda):
+    """So that it can be recorded: memory for results, views and launches, nothing that the host reads."""
+    found = over_cuda["runtime"]
+    assert found["launches"] == ["attend_kernel", "merge_kernel", "_append"]
+    allowed = ("aten.empty.", "aten.transpose.", "aten.detach.", "prim.device")
+    assert not [name for name in found["operations"] if not name.startswith(allowed)]
+    assert sum(name.startswith("aten.empty.") for name in found["operations"]) == 4
+    assert found["lengths known"] == [None, None]

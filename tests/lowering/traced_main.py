@@ -7,6 +7,7 @@ in for CUDA's, and what Inductor asks about the device is answered here.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import sys
@@ -25,16 +26,23 @@ from torch._inductor.graph import GraphLowering
 from torch._library.triton import get_triton_kernels_for_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 from compiled import _Driver
 
+from tqc import runtime
 from tqc.format import PackedFormat
 from tqc.lowering.triton import traced_ops, tuning
 from tqc.lowering.triton.append import append_tables
 from tqc.lowering.triton.attention import attend_tables
+from tqc.packed_tensor import PackedTensor
+from tqc.storage import Storage
+
+append, attention = (importlib.import_module(f"tqc.lowering.triton.{name}") for name in ("append", "attention"))
 
 ARCH, HEADS, GROUP, CAPACITY, DTYPE = 90, 8, 4, 32768, torch.bfloat16
 K_FMT, V_FMT = PackedFormat(128, 4, True), PackedFormat(128, 2, False)
@@ -163,6 +171,39 @@ def op_names(gm: torch.fx.GraphModule) -> list[str]:
     return [name for name in names if traced_ops.NAMESPACE in name]
 
 
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def runtime_step() -> dict[str, Any]:
+    """What the runtime's call for one layer asks of torch and launches, once its tables are there."""
+    mode = FakeTensorMode()
+    query, key, value, start, *rest = arguments(mode)
+    launched: list[str] = []
+
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        launched.append(self.__name__)
+
+    tables = {SPECS[0]: tuple(rest[10:14]), SPECS[1]: tuple(rest[14:])}
+    with (
+        mode,
+        mock.patch.object(attention, "attend_tables", lambda *_: tuple(rest[6:10])),
+        mock.patch.object(append, "append_tables", lambda spec, *_: tables[spec]),
+        mock.patch.object(JITFunction, "run", run),
+    ):
+        k, v = (PackedTensor(Storage(*rest[at : at + 3], fmt, 0, 0), 4096) for at, fmt in ((0, K_FMT), (3, V_FMT)))
+        with _Operations() as operations:
+            runtime.attend_write(query, key, value, k, v, start, True, None, None, 0.1, 0.0, "triton")
+        known = [cache.packed_storage._length for cache in (k, v)]
+    return {"operations": operations.names, "launches": launched, "lengths known": known}
+
+
 class _Enough(Exception):
     pass
 
@@ -183,7 +224,6 @@ def inductor() -> dict[str, Any]:
         code = written[0]
         return {
             "calls": [line.strip().split("(")[0] for line in code.splitlines() if ".run(" in line],
-            "append": next(line.strip() for line in code.splitlines() if "_append_2.run(" in line),
             "compiled": [compile_kernel(code, name) for name in ("attend_kernel_0", "merge_kernel_1", "_append_2")],
         }
 
@@ -213,7 +253,11 @@ def main() -> None:
     kernels = {
         name: [k.__name__ for k in get_triton_kernels_for_op(f"{traced_ops.NAMESPACE}::{name}")] for name in names
     }
-    print(json.dumps({"unfolded": unfolded(), "kernels of ops": kernels, "inductor": inductor()}))
+    print(
+        json.dumps(
+            {"unfolded": unfolded(), "kernels of ops": kernels, "runtime": runtime_step(), "inductor": inductor()}
+        )
+    )
 
 
 if __name__ == "__main__":
