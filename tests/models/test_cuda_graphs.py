@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 pytest.importorskip("triton")
 import tqc  # noqa: E402
@@ -56,6 +56,16 @@ def test_replayed_steps_are_the_steps(fake_cuda: Any) -> None:  # noqa: F811
     assert int(layers(ours)[0].cumulative_length) == PROMPT + 6
     assert layers(ours)[0].keys.packed_storage.length == PROMPT + 6, "the host's copy of the length is not a stale one"
     assert plans[-1].cuda_graph == "recorded as a CUDA graph" and "starts a cache" in plans[0].cuda_graph
+
+
+def test_generate(fake_cuda: Any) -> None:  # noqa: F811
+    model = small()
+    arguments = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(prompt(1, PROMPT), **arguments)
+    with compiled(model, **OPTIONS):
+        actual = model.generate(prompt(1, PROMPT), **arguments)
+    assert torch.equal(actual, expected)
+    assert len(fake_cuda) == 1 and fake_cuda[0].replays == 4, "one prefill, one step that runs, four that are replayed"
 
 
 def test_another_cache_is_recorded_anew_and_the_first_still_works(fake_cuda: Any) -> None:  # noqa: F811
@@ -198,6 +208,36 @@ def test_the_mode_of_torch_compile_reaches_the_backend() -> None:
     with pytest.raises(Exception, match="mode must be one of"), torch.no_grad():
         torch.compile(model, backend="tqai", mode="max-autotune")(prompt(1, 4))
     torch._dynamo.reset()
+
+
+def test_what_holds_no_cache_gets_inductors_own_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any = None) -> Any:
+        given.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    for options in ({"cuda_graphs": True}, {"cuda_graphs": True, "preset": "off"}, {}):
+        torch._dynamo.reset()
+        torch.compile(torch.sin, backend="tqai", options=options)(torch.ones(2))
+    torch._dynamo.reset()
+    assert given == [{"triton.cudagraphs": True}, {"triton.cudagraphs": True}, None]
+
+
+@pytest.mark.slow
+def test_the_default_mode_of_transformers() -> None:
+    """`CompileConfig` asks for "reduce-overhead" unless told otherwise, also of other backends than Inductor."""
+    config = CompileConfig(backend="tqai")
+    assert config.mode == "reduce-overhead"
+    config._compile_all_devices = True
+    model = small()
+    arguments = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(prompt(1, 8), **arguments)
+    result = model.generate(prompt(1, 8), **arguments, compile_config=config, return_dict_in_generate=True)
+    torch._dynamo.reset()
+    assert torch.equal(result.sequences, expected)
+    assert isinstance(layers(result.past_key_values)[0].keys, tqc.PackedTensor)
 
 
 def test_inputs_that_are_written_are_used_where_they_lie() -> None:
