@@ -37,6 +37,10 @@ def parts(cache: Any) -> list[torch.Tensor]:
     return [part for s in stores for part in (s.pages, s.dense, s.state)]
 
 
+def stored(cache: Any) -> int:
+    return layers(cache)[0].keys.packed_storage.length
+
+
 def steps(model: Any, cache: Any, count: int = 6, **options: Any) -> tuple[torch.Tensor, list[Any]]:
     with compiled(model, **{**OPTIONS, **options}) as plans:
         return run(model, prompt(1, PROMPT + count), cache, splits=(PROMPT,)), plans
@@ -54,7 +58,7 @@ def test_replayed_steps_are_the_steps(fake_cuda: Any) -> None:  # noqa: F811
     for a, b in zip(parts(ours), parts(theirs), strict=True):
         assert torch.equal(a, b)
     assert int(layers(ours)[0].cumulative_length) == PROMPT + 6
-    assert layers(ours)[0].keys.packed_storage.length == PROMPT + 6, "the host's copy of the length is not a stale one"
+    assert stored(ours) == PROMPT + 6
     assert plans[-1].cuda_graph == "recorded as a CUDA graph" and "starts a cache" in plans[0].cuda_graph
 
 
@@ -75,7 +79,10 @@ def test_another_cache_is_recorded_anew_and_the_first_still_works(fake_cuda: Any
     with compiled(model, **OPTIONS):
         logits = [run(model, ids[:, : PROMPT + 3], cache, splits=(PROMPT,)) for cache in caches]
         assert len(fake_cuda) == 2
+        # Looked at, and so known to the host, between replays.
+        assert [stored(cache) for cache in caches] == [PROMPT + 3] * 2
         more = [run(model, ids[:, PROMPT + 3 :], cache, splits=(1,)) for cache in caches]
+    assert [stored(cache) for cache in caches] == [PROMPT + 6] * 2
     assert len(fake_cuda) == 2 and torch.equal(*logits) and torch.equal(*more)
     assert [graph.replays for graph in fake_cuda] == [5, 5]
 
