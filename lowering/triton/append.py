@@ -109,20 +109,21 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
     return pages, dense, state, new, fmt
 
 
-# Arguments of one tensor, as `_append` takes them with k_ or v_ in front.
-_ARGUMENTS = ("pages", "num_pages", "dense", "state", "new", "batch", "head", "row", "column")
-_TABLES = ("levels", "boundaries", "search", "matrix")
-_NO_VALUES = dict.fromkeys((f"v_{name}" for name in (*_ARGUMENTS, *_TABLES, "gain", "spec")), None)
+# Arguments of `_append` for keys, and for values.
+_ARGUMENTS = (
+    *("pages", "num_pages", "dense", "state", "new", "batch", "head", "row", "column"),
+    *("levels", "boundaries", "search", "matrix", "gain", "spec"),
+)
+_NAMES = tuple(tuple(f"{side}_{name}" for name in _ARGUMENTS) for side in "kv")
 
 
 def _launch(tensors: list, start: Tensor | None, tables: Sequence[Tensor] | None) -> None:
     kernel = _append if tables is None else wrap_triton(_append)
-    arguments: dict[str, Any] = dict(_NO_VALUES)
+    arguments: dict[str, Any] = dict.fromkeys(_NAMES[1])
     for index, (pages, dense, state, new, fmt) in enumerate(tensors):
         of_format = append_tables(fmt.spec, new.dtype, new.device) if tables is None else tables[4 * index :][:4]
         values = (pages, pages.shape[2], dense, state, new, *new.stride(), *of_format, gain(fmt, new.dtype), fmt.spec)
-        names = (*_ARGUMENTS, *_TABLES, "gain", "spec")
-        arguments |= {f"{'kv'[index]}_{name}": item for name, item in zip(names, values, strict=True)}
+        arguments.update(zip(_NAMES[index], values, strict=True))
     batch, heads, count, _ = tensors[0][3].shape
     programs = batch * heads
     warps = min(8, max(4, max(fmt.head_dim for *_, fmt in tensors) // 32))
