@@ -99,6 +99,31 @@ def test_arguments_that_do_not_fit_are_refused(triton_device):
     assert k[2].tolist() == [80, 64]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(provider.supported() is not None, reason=f"Triton: {provider.supported()}")
+def test_inductor_runs_them():
+    torch.manual_seed(0)
+    device, specs = torch.device("cuda"), (K_FMT.spec, V_FMT.spec)
+    stores = [*store(K_FMT, device), *store(V_FMT, device)]
+    query, key, value = (torch.randn(1, heads, 1, 64).to(device) for heads in (4, 2, 2))
+    tables = [list(append_tables(spec, torch.float32, device)) for spec in specs]
+    of_attend = list(attend_tables(*specs, torch.float32, device))
+
+    def step(query, key, value, *stores):
+        k, v = stores[:3], stores[3:]
+        out, _ = ops.attend(query, *k, *v, key, value, None, None, None, 0.125, 0.0, True, *specs, of_attend)
+        ops.append_pair(*k, key, *v, value, None, *specs, tables[0] + tables[1])
+        return 2 * out
+
+    expected = [part.clone() for part in stores]
+    wanted = step(query, key, value, *expected)
+    actual = torch.compile(step, fullgraph=True)(query, key, value, *stores)
+    torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
+    assert stores[2].tolist() == [81, 64]
+    for ours, theirs in zip(stores, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.fixture(scope="module")
 def over_cuda():
     """What `traced_main.py` finds: a graph and Inductor's code for a decode step over CUDA tensors."""
