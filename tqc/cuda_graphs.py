@@ -156,7 +156,7 @@ class CudaGraphs:
     Args:
         step: takes the graph's inputs, returns its outputs.
         gm: the graph, for which `why_not` knows no reason.
-        failed: called with the reason if recording fails; the step runs unrecorded from then on.
+        failed: called with the reason if nothing can be recorded after all; the step runs as it is from then on.
     """
 
     def __init__(self, step: SplitGraph, gm: GraphModule, failed: Callable[[str], None]) -> None:
@@ -181,9 +181,12 @@ class CudaGraphs:
             return self._step(*args)
         signature = tuple(map(_signature, args, self._roles))
         if signature not in self._recordings:
-            self._recordings[signature] = None
-            if len(self._recordings) > MAX_SIGNATURES:
+            if len(self._recordings) == MAX_SIGNATURES:
+                if not any(self._recordings.values()):
+                    self._give_up(f"no two of {MAX_SIGNATURES} calls had the same sizes, numbers and addresses")
+                    return self._step(*args)
                 self._recordings.popitem(last=False)
+            self._recordings[signature] = None
             return self._step(*args)
         self._recordings.move_to_end(signature)
         recording = self._recordings[signature]
@@ -191,9 +194,7 @@ class CudaGraphs:
             try:
                 recording = self._recordings[signature] = self._record(args)
             except RuntimeError as error:
-                self._failed(f"recording failed: {str(error).splitlines()[0]}")
-                self._gave_up = True
-                self._recordings.clear()
+                self._give_up(f"recording failed: {str(error).splitlines()[0]}")
                 return self._step(*args)
         for place, x in zip(recording.places, args, strict=True):
             if place is not None:
@@ -206,6 +207,11 @@ class CudaGraphs:
             args[source] if source is not None else output.clone() if isinstance(output, Tensor) else output
             for source, output in zip(self._passed_on, recording.outputs, strict=True)
         )
+
+    def _give_up(self, reason: str) -> None:
+        self._gave_up = True
+        self._recordings.clear()
+        self._failed(reason)
 
     def _record(self, args: tuple[Any, ...]) -> Recording:
         """Nothing runs while it is recorded, so the step is not done twice."""

@@ -87,6 +87,7 @@ def test_another_cache_is_recorded_anew_and_the_first_still_works(fake_cuda: Any
     assert [graph.replays for graph in fake_cuda] == [5, 5]
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_reset_is_replayed(fake_cuda: Any) -> None:  # noqa: F811
     model = small()
     ids, cache = prompt(1, PROMPT + 4), make(model)
@@ -134,6 +135,27 @@ def test_many_signatures_do_not_pile_up(fake_cuda: Any, monkeypatch: pytest.Monk
     expected, _ = steps(model, make(model), count=4, cuda_graphs=False)
     assert torch.equal(actual, expected[:, -2:])
     assert len(fake_cuda) == 3
+
+
+def test_calls_that_all_differ_are_not_recorded_and_say_so() -> None:
+    """A number that a model counts up in Python, say."""
+    graph = torch.fx.Graph()
+    x, number = graph.placeholder("x"), graph.placeholder("number")
+    x.meta["example_value"], number.meta["example_value"] = torch.zeros(2), 0
+    graph.output((graph.call_function(torch.add, (x, number)),))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+
+    class Step:
+        outer = module
+
+        def __call__(self, *args: Any) -> Any:
+            return module(*args)
+
+    said: list[str] = []
+    step = cuda_graphs.CudaGraphs(Step(), module, said.append)  # type: ignore[arg-type]
+    for number in range(20):
+        assert torch.equal(step(torch.ones(2), number)[0], torch.full((2,), 1.0 + number))
+    assert said == ["no two of 8 calls had the same sizes, numbers and addresses"]
 
 
 def test_a_recording_that_fails_says_so_and_loses_nothing(
