@@ -60,11 +60,16 @@ class Site:
 
 @dataclass
 class Plan:
-    """Everything that the passes need to know about one graph, and what they report."""
+    """Everything that the passes need to know about one graph, and what they report.
+
+    Attributes:
+        cuda_graph: whether the graph is recorded as a CUDA graph or why not; empty if nobody asked.
+    """
 
     config: Config
     sites: list[Site]
     rewritten: dict[str, int] = field(default_factory=dict)
+    cuda_graph: str = ""
 
     def with_action(self, action: str) -> list[Site]:
         return [site for site in self.sites if site.action == action]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tqc import optimized_module, report, runtime
+from tqc import cuda_graphs, optimized_module, report, runtime
 from tqc.config import Config
 from tqc.passes import rewrite
+from tqc.passes.plan import Plan
 from tqc.regions import SplitGraph
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,8 @@ optimized_module.install()
 def tqai(
     gm: GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """Compile one dynamo graph with packed caches; `options` are the fields of `Config`, `mode` names a preset.
+    """Compile one dynamo graph with packed caches; `options` are the fields of `Config`, `mode` names a preset or is
+    "reduce-overhead", which sets `cuda_graphs`.
 
     Raises:
         ValueError, TypeError: for options that do not exist or do not fit.
@@ -43,15 +46,31 @@ def tqai(
     report.record(plan)
     if not any(node.target in runtime.BOUNDARY for node in gm.graph.nodes):
         return _rest(gm, example_inputs, config)
-    graph = SplitGraph(gm, config.rest)
+    reason = cuda_graphs.why_not(gm) if config.cuda_graphs else None
+    recorded = config.cuda_graphs and reason is None
+    graph = SplitGraph(gm, config.rest, at_once=recorded)
     log.info("graph %d: %d kinds of regions", number, len(graph.regions))
-    return graph
+    if reason:
+        _say_not_recorded(plan, number, reason)
+    if not recorded:
+        return graph
+    plan.cuda_graph = "recorded as a CUDA graph"
+    return cuda_graphs.CudaGraphs(graph, gm, functools.partial(_say_not_recorded, plan, number))
+
+
+def _say_not_recorded(plan: Plan, number: int, reason: str) -> None:
+    plan.cuda_graph = f"not recorded as a CUDA graph: {reason}"
+    level = logging.INFO if reason == cuda_graphs.STARTS_A_CACHE else logging.WARNING
+    log.log(level, "graph %d is %s", number, plan.cuda_graph)
 
 
 def _rest(gm: GraphModule, example_inputs: list[Any], config: Config) -> Callable[..., Any]:
     """What compiles a graph without packed tensors: just what Inductor alone would do, or nothing."""
     if config.rest == "eager":
+        if config.cuda_graphs:
+            log.warning("a graph without a packed cache is not recorded as a CUDA graph: rest='eager' leaves it alone")
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs)
+    patches = {"triton.cudagraphs": True} if config.cuda_graphs else None
+    return compile_fx(gm, example_inputs, config_patches=patches)

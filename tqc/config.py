@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "k3v2": {"bits_k": 3, "bits_v": 2},
     "off": {"bits_k": OFF, "bits_v": OFF},
 }
+# Modes of torch.compile that are no preset.
+CUDA_GRAPHS_MODE = "reduce-overhead"
 REST = ("inductor", "eager")
 PROVIDERS = ("auto", "reference", "cpu", "triton")
 
@@ -43,6 +45,8 @@ class Config:
             through `weight.data`, which torch does not count, is seen at the next prompt).
         skip_layers: attention layers whose cache stays dense, counted in graph order; negative from the end.
         provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
+        cuda_graphs: record steps whose caches are preallocated as CUDA graphs and replay them; it is what
+            `mode="reduce-overhead"` sets (`tqc.explain` says what was not recorded, and why).
         rest: what runs the rest of the graph: "inductor" or "eager" (starts in seconds).
         debug_dir: folder for the graph before and after each pass, as readable text.
     """
@@ -56,6 +60,7 @@ class Config:
     fold_values: bool = False
     skip_layers: tuple[int, ...] = ()
     provider: str = "auto"
+    cuda_graphs: bool = False
     rest: str = "inductor"
     debug_dir: str | None = None
 
@@ -64,8 +69,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-        if not isinstance(self.fold_values, bool):
-            raise TypeError(f"fold_values must be True or False, got {self.fold_values!r}")
+        for name in ("fold_values", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("bits_k", "bits_v"):
             value = getattr(self, name)
             if not (1 <= value <= 8 or value == OFF):
@@ -96,13 +102,13 @@ class Config:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Config:
-        """Check the `options` or `mode` of torch.compile; `preset` (or `mode`) names a base that `options` override.
+        """Check the `options` or `mode` of torch.compile; `preset` names a base that the others override.
 
         Raises:
             ValueError, TypeError: naming the option, its value and what is allowed.
         """
-        given = dict(options or {})
-        preset = given.pop("preset", mode if mode not in (None, "default") else "default")
+        given = {**options_of_mode(mode), **(options or {})}
+        preset = given.pop("preset", "default")
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}{_nearest(preset, PRESETS)}")
         names = [field.name for field in dataclasses.fields(cls)]
@@ -114,6 +120,22 @@ class Config:
         if "skip_layers" in given:
             given["skip_layers"] = tuple(given["skip_layers"])
         return cls(**{**PRESETS[preset], **given})
+
+
+def options_of_mode(mode: str | None) -> dict[str, Any]:
+    """The options that a `mode` of torch.compile stands for: a preset, or "reduce-overhead".
+
+    Raises:
+        ValueError: for any other mode.
+    """
+    if mode is None:
+        return {}
+    if mode == CUDA_GRAPHS_MODE:
+        return {"cuda_graphs": True}
+    if mode not in PRESETS:
+        modes = (CUDA_GRAPHS_MODE, *PRESETS)
+        raise ValueError(f"mode must be one of {', '.join(modes)}; got {mode!r}{_nearest(mode, modes)}")
+    return {"preset": mode}
 
 
 def _nearest(name: Any, valid: Any) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 
+from tqc.config import options_of_mode
+
 _plain_getattr = OptimizedModule.__getattr__
 
 
@@ -75,7 +77,4 @@ def _options(context: _TorchDynamoContext | None) -> Mapping[str, Any] | None:
     if getattr(backend, "compiler_fn", backend) is not tqai:
         return None
     given = getattr(backend, "kwargs", {})
-    options = dict(given.get("options") or {})
-    if "mode" in given:
-        options.setdefault("preset", given["mode"])
-    return options
+    return {**options_of_mode(given.get("mode")), **(given.get("options") or {})}

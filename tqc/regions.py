@@ -105,15 +105,15 @@ class SplitGraph:
 
     A graph whose regions are all static runs eagerly once and is compiled at its second call: dynamo makes such
     graphs for lengths that it meets only once. Any other graph is compiled at once, while dynamo still collects the
-    guards that Inductor adds.
+    guards that Inductor adds, and so is one that is wanted `at_once`.
     """
 
-    def __init__(self, gm: GraphModule, rest: str) -> None:
+    def __init__(self, gm: GraphModule, rest: str, at_once: bool = False) -> None:
         self.regions, self.outer = split(gm)
         self._forward = self.outer.forward
         self._calls = 0
         self._lazy = rest == "inductor"
-        if self._lazy and any(region.symbolic for region in self.regions):
+        if self._lazy and (at_once or any(region.symbolic for region in self.regions)):
             self.compile()
 
     def compile(self) -> None:

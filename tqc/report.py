@@ -131,6 +131,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         else:
             compiled(*args, **inputs)
     explanation = Explanation([[site.to_dict() for site in plan.sites] for plan in plans])
+    explanation.notes += [f"graph {number}: {plan.cuda_graph}" for number, plan in enumerate(plans) if plan.cuda_graph]
     if cache is not None:
         explanation.tokens = int(cache.get_seq_length())
         explanation.cache_bytes = cache_bytes(cache)

@@ -100,7 +100,7 @@ def attend_write(
     """
     kernels = provider_module(provider)
     start = positions if isinstance(positions, Tensor) else torch.tensor([positions], device=query.device)
-    if start.device.type == "cpu" or not counted:
+    if _on_host(start) or not counted:
         stored, capacity = k_cache.packed_storage.length, k_cache.shape[2]
         if not preallocated.is_append(start, key.shape[2], counted, stored, capacity, attn_mask):
             for cache, new in ((k_cache, key), (v_cache, value)):
@@ -116,6 +116,11 @@ def attend_write(
     k.written_on_device()
     v.written_on_device()
     return out
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether to look at `x` waits for no device."""
+    return x.device.type == "cpu"
 
 
 def _append(kernels: ModuleType, k: Storage, v: Storage, key: Tensor, value: Tensor, start: Tensor | None) -> None:

@@ -13,12 +13,15 @@ all pages are encoded at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from tqc.format import PackedFormat
 from tqc.lowering.triton.encode import (
@@ -27,6 +30,8 @@ from tqc.lowering.triton.encode import (
     decode_elements,
     encode_page,
     finite_mean,
+    gain,
+    packed_format,
     rotation,
     search_factors,
 )
@@ -40,14 +45,25 @@ ONE_LAUNCH_TOKENS = 64
 PAGES_PER_PROGRAM = 4
 
 
-def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str) -> None:
+def append(
+    pages: Tensor,
+    dense: Tensor,
+    state: Tensor,
+    new: Tensor,
+    start: Tensor | None,
+    spec: str,
+    tables: Sequence[Tensor] | None = None,
+) -> None:
     """As `tqc.ops.append`.
+
+    Args:
+        tables: those of `append_tables`, given where torch shall see the launch (see `traced_ops`); as below.
 
     Raises:
         ValueError: if shapes or dtypes do not fit each other and `spec`. Whether `pages` has room is known to the
             device alone: what does not fit is not written (TRITON_DEBUG=1 makes it an assertion).
     """
-    _launch([_checked(pages, dense, state, new, spec)], start)
+    _launch([_checked(pages, dense, state, new, spec)], start, tables)
 
 
 def append_pair(
@@ -62,6 +78,7 @@ def append_pair(
     start: Tensor | None,
     k_spec: str,
     v_spec: str,
+    tables: Sequence[Tensor] | None = None,
 ) -> None:
     """`append` of keys and of values by the same launches.
 
@@ -73,7 +90,7 @@ def append_pair(
             f"key and value must hold the same tokens, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
         )
     keys = _checked(k_pages, k_dense, k_state, key, k_spec)
-    _launch([keys, _checked(v_pages, v_dense, v_state, value, v_spec)], start)
+    _launch([keys, _checked(v_pages, v_dense, v_state, value, v_spec)], start, tables)
 
 
 def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str):
@@ -92,23 +109,35 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
     return pages, dense, state, new, fmt
 
 
-def _launch(tensors: list, start: Tensor | None) -> None:
-    arguments: list[tuple | None] = []
-    formats: list[PackedFormat | None] = []
-    for pages, dense, state, new, fmt in tensors:
-        tables = _tables(fmt, new.dtype, new.device)
-        arguments.append((pages, pages.shape[2], dense, state, new, new.stride(), *tables))
-        formats.append(fmt)
-    if len(tensors) == 1:
-        arguments.append(None)
-        formats.append(None)
+# Arguments of `_append` for keys, and for values.
+_ARGUMENTS = (
+    *("pages", "num_pages", "dense", "state", "new", "batch", "head", "row", "column"),
+    *("levels", "boundaries", "search", "matrix", "gain", "spec"),
+)
+_NAMES = tuple(tuple(f"{side}_{name}" for name in _ARGUMENTS) for side in "kv")
+
+
+def _launch(tensors: list, start: Tensor | None, tables: Sequence[Tensor] | None) -> None:
+    kernel = _append if tables is None else wrap_triton(_append)
+    arguments: dict[str, Any] = dict.fromkeys(_NAMES[1])
+    for index, (pages, dense, state, new, fmt) in enumerate(tensors):
+        of_format = append_tables(fmt.spec, new.dtype, new.device) if tables is None else tables[4 * index :][:4]
+        values = (pages, pages.shape[2], dense, state, new, *new.stride(), *of_format, gain(fmt, new.dtype), fmt.spec)
+        arguments.update(zip(_NAMES[index], values, strict=True))
     batch, heads, count, _ = tensors[0][3].shape
     programs = batch * heads
     warps = min(8, max(4, max(fmt.head_dim for *_, fmt in tensors) // 32))
 
     def launch(chunks: int, prepare: bool, encode: bool, store: bool) -> None:
-        _append[(programs, chunks, len(tensors))](
-            *arguments, *formats, start, count, heads, prepare, encode, store, num_warps=warps
+        kernel[(programs, chunks, len(tensors))](
+            **arguments,
+            start=start,
+            count=count,
+            heads=heads,
+            PREPARE=prepare,
+            ENCODE=encode,
+            STORE=store,
+            num_warps=warps,
         )
 
     if count <= ONE_LAUNCH_TOKENS:
@@ -121,8 +150,10 @@ def _launch(tensors: list, start: Tensor | None) -> None:
 
 
 @cache
-def _tables(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> tuple:
-    return fmt.levels(device), fmt.boundaries(device), search_factors(device), *rotation(fmt, dtype, device)
+def append_tables(spec: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """What the kernel reads besides its arguments: levels, boundaries between them, scales to try, the rotation."""
+    fmt = PackedFormat.parse(spec)
+    return fmt.levels(device), fmt.boundaries(device), search_factors(device), rotation(fmt, dtype, device)
 
 
 @triton.jit
@@ -255,20 +286,78 @@ def _append_tensor(
 
 @triton.jit
 def _append(
-    keys,
-    values,
-    k_fmt: tl.constexpr,
-    v_fmt: tl.constexpr,
+    k_pages,
+    k_num_pages,
+    k_dense,
+    k_state,
+    k_new,
+    k_batch,
+    k_head,
+    k_row,
+    k_column,
+    k_levels,
+    k_boundaries,
+    k_search,
+    k_matrix,
+    k_gain: tl.constexpr,
+    v_pages,
+    v_num_pages,
+    v_dense,
+    v_state,
+    v_new,
+    v_batch,
+    v_head,
+    v_row,
+    v_column,
+    v_levels,
+    v_boundaries,
+    v_search,
+    v_matrix,
+    v_gain: tl.constexpr,
     start,
     count,
     heads,
+    k_spec: tl.constexpr,
+    v_spec: tl.constexpr,
     PREPARE: tl.constexpr,
     ENCODE: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """One head of keys, or of values where the third program index is 1."""
+    """One head of keys, or of values where the third program index is 1; without values, all of v_* is None.
+
+    Args:
+        *_batch, *_head, *_row, *_column: strides of the new tokens. The tables are those of `append_tables`.
+    """
     if tl.program_id(2) == 0:
+        k_fmt: tl.constexpr = packed_format(k_spec)
+        keys = (
+            k_pages,
+            k_num_pages,
+            k_dense,
+            k_state,
+            k_new,
+            (k_batch, k_head, k_row, k_column),
+            k_levels,
+            k_boundaries,
+            k_search,
+            k_matrix,
+            k_gain,
+        )
         _append_tensor(keys, k_fmt, start, count, heads, PREPARE, ENCODE, STORE)
-    if v_fmt is not None:
+    if v_spec is not None:
         if tl.program_id(2) == 1:
+            v_fmt: tl.constexpr = packed_format(v_spec)
+            values = (
+                v_pages,
+                v_num_pages,
+                v_dense,
+                v_state,
+                v_new,
+                (v_batch, v_head, v_row, v_column),
+                v_levels,
+                v_boundaries,
+                v_search,
+                v_matrix,
+                v_gain,
+            )
             _append_tensor(values, v_fmt, start, count, heads, PREPARE, ENCODE, STORE)

@@ -20,6 +20,7 @@ from tqc.lowering.triton.page import (
     column_element,
     levels_tile,
     page_base,
+    tile_format,
     token_scales,
 )
 from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, opaque, rotated, softmax_step, unrotated
@@ -55,11 +56,17 @@ def _page_address(pages, index, b, h, table, table_step, strides, BLOCK_PAGES: t
 @triton.jit
 def attend_kernel(
     query,
-    q_strides,
+    q_batch,
+    q_head_step,
+    q_row,
     k_pages,
+    k_page_batch,
+    k_page_head,
+    k_page_step,
     v_pages,
-    k_page_strides,
-    v_page_strides,
+    v_page_batch,
+    v_page_head,
+    v_page_step,
     table,
     table_step,
     k_dense,
@@ -70,11 +77,18 @@ def attend_kernel(
     padding,
     start,
     key,
+    key_batch,
+    key_head,
+    key_row,
     value,
-    key_strides,
-    value_strides,
+    value_batch,
+    value_head,
+    value_row,
     mask,
-    mask_strides,
+    mask_batch,
+    mask_head,
+    mask_row_step,
+    mask_step,
     sinks,
     k_rotation,
     v_rotation,
@@ -82,14 +96,14 @@ def attend_kernel(
     v_levels,
     out,
     lse,
-    scale,
     heads,
     group,
     rows,
     new,
     columns,
-    k_fmt: tl.constexpr,
-    v_fmt: tl.constexpr,
+    k_spec: tl.constexpr,
+    v_spec: tl.constexpr,
+    scale: tl.constexpr,
     softcap: tl.constexpr,
     CAUSAL: tl.constexpr,
     SHARES: tl.constexpr,
@@ -97,6 +111,7 @@ def attend_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
+    OPAQUE: tl.constexpr,
 ):
     """See `tqc.ops.attend`. Grid: (blocks of rows, batch * heads, SHARES).
 
@@ -108,7 +123,16 @@ def attend_kernel(
         new, columns: how many new tokens there are, and columns of the mask (0 without one).
         out: with one share [batch, rows, query_heads, head_dim]; else float32, [SHARES, ...] of that.
         lse: float32 [batch, query_heads, rows]; with several shares [SHARES, batch, query_heads, rows], in log2.
+        OPAQUE: whether levels go through `opaque`, in which torch's search for what a kernel writes gets stuck.
+        The rest are tensors with their strides in front of the last axis, sizes, and specs of the formats.
     """
+    k_fmt: tl.constexpr = tile_format(k_spec)
+    v_fmt: tl.constexpr = tile_format(v_spec)
+    q_strides = (q_batch, q_head_step, q_row)
+    k_page_strides = (k_page_batch, k_page_head, k_page_step)
+    v_page_strides = (v_page_batch, v_page_head, v_page_step)
+    key_strides = (key_batch, key_head, key_row)
+    value_strides = (value_batch, value_head, value_row)
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
     K_WIDTH: tl.constexpr = triton.next_power_of_2(k_fmt.head_dim)
     V_WIDTH: tl.constexpr = triton.next_power_of_2(v_fmt.head_dim)
@@ -123,10 +147,8 @@ def attend_kernel(
     q_head = (h * group + row % group).to(tl.int64)
     q_address = query + b * q_strides[0] + q_head * q_strides[1] + i.to(tl.int64) * q_strides[2]
     mask_row = None
-    mask_step = 0
     if mask is not None:
-        mask_row = mask + b * mask_strides[0] + q_head * mask_strides[1] + i.to(tl.int64) * mask_strides[2]
-        mask_step = mask_strides[3]
+        mask_row = mask + b * mask_batch + q_head * mask_head + i.to(tl.int64) * mask_row_step
 
     stored, packed, first, agree = _stored(k_state, v_state, lengths, start, b, k_fmt)
     hidden = 0
@@ -195,7 +217,7 @@ def attend_kernel(
                 base *= tl.where(unit > 0, 1.0 / unit, 0.0)
             scales = tl.where(inside, token_scales(pages, base), 0.0)
             levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
-            if not EXACT:
+            if OPAQUE and not EXACT:
                 levels = opaque(levels)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
             of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.library import wrap_triton
 
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.lowering.triton import tuning
@@ -33,14 +35,18 @@ def attend(
     is_causal: bool,
     k_spec: str,
     v_spec: str,
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `tqc.ops.attend`, but keys and values that hold different tokens give NaNs: to raise is to wait."""
-    k_fmt, v_fmt = _formats(k_spec, v_spec)
+    """As `tqc.ops.attend`, but keys and values that hold different tokens give NaNs: to raise is to wait.
+
+    Args:
+        tables: those of `attend_tables`, given where torch shall see the launch (see `traced_ops`); as below.
+    """
     storage = dict(
         k_pages=k_pages,
         v_pages=v_pages,
-        k_page_strides=k_pages.stride()[:3],
-        v_page_strides=v_pages.stride()[:3],
+        **_strides("k_page", k_pages.stride(), "step"),
+        **_strides("v_page", v_pages.stride(), "step"),
         k_dense=k_dense.contiguous(),
         v_dense=v_dense.contiguous(),
         k_state=k_state,
@@ -53,7 +59,9 @@ def attend(
         BLOCK_PAGES=1,
     )
     capacity = k_pages.shape[2] * PAGE_TOKENS
-    return _attend(query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_fmt, v_fmt)
+    return _attend(
+        query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, tables
+    )
 
 
 def attend_paged(
@@ -76,6 +84,7 @@ def attend_paged(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
     is_causal: bool = True,
+    tables: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a ragged batch over pages that sequences hold in any order, as serving engines keep them.
 
@@ -97,12 +106,11 @@ def attend_paged(
             f"page_table must be [batch, n] and lengths [batch] for a query of batch {query.shape[0]}; "
             f"got {tuple(page_table.shape)} and {tuple(lengths.shape)}"
         )
-    k_fmt, v_fmt = _formats(k_spec, v_spec)
     storage = dict(
         k_pages=k_pool,
         v_pages=v_pool,
-        k_page_strides=(0, k_pool.stride(1), k_pool.stride(0)),
-        v_page_strides=(0, v_pool.stride(1), v_pool.stride(0)),
+        **_strides("k_page", (0, k_pool.stride(1), k_pool.stride(0)), "step"),
+        **_strides("v_page", (0, v_pool.stride(1), v_pool.stride(0)), "step"),
         k_dense=k_dense.contiguous(),
         v_dense=v_dense.contiguous(),
         k_state=None,
@@ -115,7 +123,9 @@ def attend_paged(
         BLOCK_PAGES=block_pages,
     )
     capacity = page_table.shape[1] * block_pages * PAGE_TOKENS
-    return _attend(query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_fmt, v_fmt)
+    return _attend(
+        query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, tables
+    )
 
 
 @cache
@@ -137,9 +147,11 @@ def _attend(
     scale: float,
     softcap: float,
     is_causal: bool,
-    k_fmt: TileFormat,
-    v_fmt: TileFormat,
+    k_spec: str,
+    v_spec: str,
+    tables: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
+    k_fmt, v_fmt = _formats(k_spec, v_spec)
     if (key is None) != (value is None):
         raise ValueError(
             f"key and value must both be given or both be None, got only {'key' if value is None else 'value'}"
@@ -152,9 +164,9 @@ def _attend(
     device, dtype, exact = query.device, query.dtype, query.dtype == torch.float32
     query = _last_dense(query)
     key, value = (x if x is None else _last_dense(x) for x in (key, value))
-    launch = tuning.choose(tuning.architecture(device), rows * group, k_fmt, v_fmt, exact)
+    launch = tuning.choose(tuning.architecture(device), int(rows * group), k_fmt, v_fmt, exact)
     blocks = triton.cdiv(rows * group, launch.rows)
-    shares = tuning.shares(launch, device, blocks * batch * heads, capacity)
+    shares = tuning.shares(launch, device, int(blocks * batch * heads), int(capacity))
     mask, mask_strides, columns = _mask(attn_mask)
 
     out = torch.empty(batch, rows, q_heads, v_fmt.head_dim, dtype=dtype, device=device)
@@ -165,21 +177,29 @@ def _attend(
         part_lse = torch.empty(shares, *lse.shape, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out.transpose(1, 2), lse
-    attend_kernel[(blocks, batch * heads, shares)](
+    traced = tables is not None
+    k_rotation, v_rotation, k_levels, v_levels = tables or attend_tables(k_spec, v_spec, dtype, device)
+    kernel = wrap_triton(attend_kernel) if traced else attend_kernel
+    kernel[(blocks, batch * heads, shares)](
         query=query,
-        q_strides=query.stride()[:3],
+        q_batch=query.stride(0),
+        q_head_step=query.stride(1),
+        q_row=query.stride(2),
         **storage,
         key=key,
+        **_strides("key", (0, 0, 0) if key is None else key.stride(), "row"),
         value=value,
-        key_strides=(0, 0, 0) if key is None else key.stride()[:3],
-        value_strides=(0, 0, 0) if value is None else value.stride()[:3],
+        **_strides("value", (0, 0, 0) if value is None else value.stride(), "row"),
         mask=mask,
-        mask_strides=mask_strides,
+        mask_batch=mask_strides[0],
+        mask_head=mask_strides[1],
+        mask_row_step=mask_strides[2],
+        mask_step=mask_strides[3],
         sinks=sinks,
-        k_rotation=rotation(k_fmt, device, exact),
-        v_rotation=rotation(v_fmt, device, exact),
-        k_levels=k_fmt.levels(device),
-        v_levels=v_fmt.levels(device),
+        k_rotation=k_rotation,
+        v_rotation=v_rotation,
+        k_levels=k_levels,
+        v_levels=v_levels,
         out=parts,
         lse=part_lse,
         scale=scale,
@@ -189,23 +209,39 @@ def _attend(
         rows=rows,
         new=new,
         columns=columns,
-        k_fmt=k_fmt,
-        v_fmt=v_fmt,
+        k_spec=k_spec,
+        v_spec=v_spec,
         CAUSAL=0 if not is_causal else 2 if rows > new else 1,
         SHARES=shares,
         ROWS=launch.rows,
         TILE=launch.tile,
         DENSE_TILE=launch.dense_tile,
+        OPAQUE=not traced,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        maxnreg=launch.maxnreg,
+        **({} if traced else {"maxnreg": launch.maxnreg}),  # torch knows no such option
     )
     if shares > 1:
-        width = triton.next_power_of_2(shares)
-        merge_kernel[(batch * rows * q_heads,)](
-            parts, part_lse, out, lse, q_heads, rows, batch, v_fmt.head_dim, shares, width, num_warps=4
+        merge = wrap_triton(merge_kernel) if traced else merge_kernel
+        merge[(batch * rows * q_heads,)](
+            parts,
+            part_lse,
+            out,
+            lse,
+            q_heads,
+            rows,
+            batch,
+            v_fmt.head_dim,
+            shares,
+            triton.next_power_of_2(shares),
+            num_warps=4,
         )
     return out.transpose(1, 2), lse
+
+
+def _strides(name: str, strides: Sequence[int], last: str) -> dict[str, int]:
+    """Kernel arguments, one by one, as torch wants them."""
+    return {f"{name}_batch": strides[0], f"{name}_head": strides[1], f"{name}_{last}": strides[2]}
 
 
 def _last_dense(x: Tensor) -> Tensor:
@@ -220,6 +256,13 @@ def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], int]:
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     return mask, (0,) * (4 - mask.ndim) + tuple(strides), mask.shape[-1]
+
+
+@cache
+def attend_tables(k_spec: str, v_spec: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """What the kernel reads besides its arguments, for stored tokens of `dtype`: rotations and levels."""
+    fmts, exact = _formats(k_spec, v_spec), dtype == torch.float32
+    return *(rotation(fmt, device, exact) for fmt in fmts), *(fmt.levels(device) for fmt in fmts)
 
 
 @cache

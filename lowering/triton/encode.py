@@ -29,25 +29,41 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 ROUND = tl.constexpr(12582912.0)
 
 
-def rotation(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, float]:
-    """The transposed rotation, [head_dim, head_dim], and the factor that its products lack.
+def rotation(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The transposed rotation, [head_dim, head_dim], over its `gain`.
 
     A Hadamard matrix is all +-1 but for a factor. Made of powers of two it is exact in half precision, and so are the
     products of the matrix units with it, whose sums are float32.
     """
     matrix = fmt.rotation_matrix().T
-    log_dim = fmt.head_dim.bit_length() - 1
-    if dtype.itemsize == 2 and fmt.rotation == "hadamard" and fmt.head_dim == 1 << log_dim:
-        entry = 2.0 ** -((log_dim + 1) // 2)
-        # The interpreter, on a CPU, has no products of bfloat16.
-        exact = torch.float32 if device.type == "cpu" else dtype
-        return (matrix.sign() * entry).to(device, exact).contiguous(), 2**0.5 if log_dim % 2 else 1.0
-    return matrix.to(device).contiguous(), 1.0
+    if not _exact_in_halves(fmt, dtype):
+        return matrix.to(device).contiguous()
+    # The interpreter, on a CPU, has no products of bfloat16.
+    exact = torch.float32 if device.type == "cpu" else dtype
+    return (matrix.sign() * 2.0 ** -(fmt.head_dim.bit_length() // 2)).to(device, exact).contiguous()
+
+
+def gain(fmt: PackedFormat, dtype: torch.dtype) -> float:
+    """The factor that products with `rotation` lack."""
+    return 2**0.5 if _exact_in_halves(fmt, dtype) and fmt.head_dim.bit_length() % 2 == 0 else 1.0
+
+
+def _exact_in_halves(fmt: PackedFormat, dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2 and fmt.rotation == "hadamard" and fmt.head_dim.bit_count() == 1
 
 
 def search_factors(device: torch.device) -> torch.Tensor:
     """Factors of the scales tried, float32."""
     return torch.tensor([2.0 ** (steps / SCALE_STEPS.value) for steps in SCALE_SEARCH]).to(device)
+
+
+@triton.constexpr_function
+def packed_format(spec: str):
+    """The format of a spec. Kernels take the spec: it is what torch can keep in a graph."""
+    # Inductor copies the text of this function to where it compiles a kernel: what it needs is imported here.
+    from tqc import format
+
+    return format.PackedFormat.parse(spec)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from functools import cache, cached_property
 import numpy as np
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from tqc.format import CENTRE_ZERO, HEADER_BYTES, PAGE_TOKENS, SCALE_NAN, SCALE_STEPS, SCALE_ZERO, PackedFormat
 
@@ -77,7 +78,8 @@ class TileFormat(PackedFormat):
     @cached_property
     def level_table(self) -> tuple[int | float, ...]:
         """Words of a byte table (low bytes of 16 float16 levels, then high ones), or coefficients for wide codes."""
-        levels = self.levels().double().numpy()
+        with no_modes():  # torch compiles kernels while it traces
+            levels = self.levels().double().numpy()
         if self.bits <= PERMUTED_BITS.value:
             # Repeated up to 16: the upper bits of narrow codes are zeros.
             halves = np.resize(levels, 16).astype(np.float16).view(np.uint16)
@@ -101,6 +103,15 @@ class TileFormat(PackedFormat):
 @cache
 def _tile_format(fmt: PackedFormat) -> TileFormat:
     return TileFormat(*astuple(fmt))
+
+
+@triton.constexpr_function
+def tile_format(spec: str):
+    """The `TileFormat` of a spec. Kernels take the spec: it is what torch can keep in a graph."""
+    # Inductor copies the text of this function to where it compiles a kernel: what it needs is imported here.
+    from tqc.lowering.triton import page
+
+    return page.TileFormat.of(page.PackedFormat.parse(spec))
 
 
 @triton.constexpr_function

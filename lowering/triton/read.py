@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from tqc.format import PackedFormat
 from tqc.lowering.triton.attention import rotation
@@ -17,13 +21,14 @@ from tqc.lowering.triton.page import (
     column_element,
     levels_tile,
     page_base,
+    tile_format,
     token_scales,
 )
 from tqc.lowering.triton.tile import unrotated
 
 
 @triton.jit
-def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt: tl.constexpr):
+def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, spec: tl.constexpr):
     """Grid: (1 + pages' worth of tokens behind the sinks, batch * heads); program 0 copies the sinks.
 
     Args:
@@ -31,6 +36,7 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt
         matrix: sqrt(head_dim) R, float32. levels: the format's, float32.
         out: [batch * heads, length, head_dim].
     """
+    fmt: tl.constexpr = tile_format(spec)
     head = tl.program_id(1).to(tl.int64)
     WIDTH: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
     SINKS: tl.constexpr = fmt.sink_tokens
@@ -69,16 +75,26 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, fmt
         tl.store(target + token * fmt.head_dim, result.to(out.dtype.element_ty), mask=(token < length) & inside)
 
 
-def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
-    """As `tqc.ops.read`."""
+def read(
+    pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str, tables: Sequence[Tensor] | None = None
+) -> Tensor:
+    """As `tqc.ops.read`; `tables`, those of `read_tables`, are given where torch shall see the launch."""
     fmt = TileFormat.of(PackedFormat.parse(spec))
     batch, heads = dense.shape[:2]
     out = torch.empty(batch, heads, length, fmt.head_dim, dtype=dense.dtype, device=dense.device)
     if out.numel() == 0:
         return out
     grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE.value), batch * heads)
-    matrix, levels = rotation(fmt, dense.device, True), fmt.levels(dense.device)
-    read_kernel[grid](
-        pages.contiguous(), dense.contiguous(), state, matrix, levels, out, length, pages.shape[2], fmt, num_warps=4
+    kernel = read_kernel if tables is None else wrap_triton(read_kernel)
+    matrix, levels = tables or read_tables(spec, dense.device)
+    kernel[grid](
+        pages.contiguous(), dense.contiguous(), state, matrix, levels, out, length, pages.shape[2], spec, num_warps=4
     )
     return out
+
+
+@cache
+def read_tables(spec: str, device: torch.device) -> tuple[Tensor, ...]:
+    """The rotation and the levels, as `read_kernel` takes them."""
+    fmt = PackedFormat.parse(spec)
+    return rotation(fmt, device, True), fmt.levels(device)
