@@ -54,14 +54,21 @@ inline vi in_token_order(vi x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, (I % LANES * 4 + I / LANES)...);
 }
 
+// What makes a score of a product: (product * step + offset + scale * variance) * scale + constants[page].
+struct ScoreRow {
+  float step, offset, variance, constants[4];
+};
+
 struct ScoreArgs {
-  int32_t* out;  // [count, tokens], rows SCORES_LD apart
+  float* out;  // [count, tokens], rows ldo apart
   int ldo, tokens, count;
   Staged codes;
   Layout layout;
   const uint8_t* table;
   const int8_t* query;  // [count, padded(dim) / 16, BYTES], each 16 elements repeated
   int ldq;
+  const ScoreRow* rows;  // [count]
+  const float* scales;   // [tokens]
 };
 
 template <int bits, bool half, int rows, int block = 0>
@@ -92,9 +99,12 @@ inline void score_rows(const ScoreArgs& a, int row, Prefetch& ahead) {
     vi sum[rows][4] = {};
     for (int c = 0; c < chunks; ++c)
       score_blocks<bits, half, rows>(sum, a, first + c * UNIT, second + c * UNIT, query + c * BYTES, chunks * UNIT);
+    const vf scale = load(a.scales + t);
     for (int r = 0; r < rows; ++r) {
-      const vi scores = in_token_order(sums_by_lane(sum[r]), std::make_integer_sequence<int, W>{});
-      memcpy(a.out + (row + r) * a.ldo + t, &scores, sizeof scores);
+      const ScoreRow& as = a.rows[row + r];
+      const vi products = in_token_order(sums_by_lane(sum[r]), std::make_integer_sequence<int, W>{});
+      const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
+      store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
     }
   }
 }
@@ -218,16 +228,8 @@ inline i4 dot_nibbles(const uint8_t* nibbles, const int8_t* query, int ld) {
   return out;
 }
 
-// w8 = round(w / step) for the weights of one row, each >= 0; returns the step, or NaN if a weight is not finite.
-inline float quantize_weights(uint8_t* out, const float* w, int tokens) {
-  vf top{};
-  vi bad{};
-  for (int t = 0; t < tokens; t += W) {
-    top = vmax(load(w + t), top);
-    bad |= load(w + t) != load(w + t);
-  }
-  if (any(bad)) return NAN;
-  const float peak = hmax(top);
+// w8 = round(w / step) for the weights of one row, none above `peak` or below 0; returns the step.
+inline float quantize_weights(uint8_t* out, const float* w, int tokens, float peak) {
   const vf inverse = splat(peak > 0 ? UNSIGNED_MAX / peak : 0.0f);
   for (int t = 0; t < tokens; t += W) {
     const vw w8 = __builtin_convertvector(nearest(load(w + t) * inverse), vw);
