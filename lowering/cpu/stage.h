@@ -42,33 +42,56 @@ inline void put_unit(uint8_t* out, __m512i x) {
   _mm512_store_si512(out, by_element ? _mm512_permutexvar_epi8(order, x) : x);
 }
 
+// Two units from 32 bytes each of tokens 0 and 1 in `a`, 2 and 3 in `b`.
 template <bool by_element>
-inline void stage_rows(uint8_t* out, const uint8_t* rows, int chunks, int stride) {
-  for (int t = 0; t < PAGE; t += 4, rows += 4 * stride, out += chunks * UNIT) {
-    int c = 0;
-    for (; c + 4 <= chunks; c += 4) {
-      auto row = [&](int i) { return _mm512_loadu_si512(rows + i * stride + 16 * c); };
-      const __m512i a = _mm512_shuffle_i32x4(row(0), row(1), 0x44), b = _mm512_shuffle_i32x4(row(2), row(3), 0x44);
-      const __m512i d = _mm512_shuffle_i32x4(row(0), row(1), 0xee), e = _mm512_shuffle_i32x4(row(2), row(3), 0xee);
-      put_unit<by_element>(out + c * UNIT, _mm512_shuffle_i32x4(a, b, 0x88));
-      put_unit<by_element>(out + c * UNIT + UNIT, _mm512_shuffle_i32x4(a, b, 0xdd));
-      put_unit<by_element>(out + c * UNIT + 2 * UNIT, _mm512_shuffle_i32x4(d, e, 0x88));
-      put_unit<by_element>(out + c * UNIT + 3 * UNIT, _mm512_shuffle_i32x4(d, e, 0xdd));
-    }
-    if (stride == 32) {
-      const __m512i a = _mm512_loadu_si512(rows), b = _mm512_loadu_si512(rows + 64);
-      put_unit<by_element>(out, _mm512_shuffle_i32x4(a, b, 0x88));
-      put_unit<by_element>(out + UNIT, _mm512_shuffle_i32x4(a, b, 0xdd));
-    } else if (stride == 16) {
-      put_unit<by_element>(out, _mm512_loadu_si512(rows));
-    } else if (stride == 8) {
+inline void put_units(uint8_t* out, __m512i a, __m512i b) {
+  if (!by_element) {
+    _mm512_store_si512(out, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_store_si512(out + UNIT, _mm512_shuffle_i32x4(a, b, 0xdd));
+    return;
+  }
+  const __m512i order = _mm512_set_epi32(
+      0x6f4f2f0f, 0x6e4e2e0e, 0x6d4d2d0d, 0x6c4c2c0c, 0x6b4b2b0b, 0x6a4a2a0a, 0x69492909, 0x68482808, 0x67472707,
+      0x66462606, 0x65452505, 0x64442404, 0x63432303, 0x62422202, 0x61412101, 0x60402000);
+  _mm512_store_si512(out, _mm512_permutex2var_epi8(a, order, b));
+  _mm512_store_si512(out + UNIT, _mm512_permutex2var_epi8(a, order | _mm512_set1_epi8(16), b));
+}
+
+template <bool by_element, int stride>
+inline void stage_rows_of(uint8_t* out, const uint8_t* rows) {
+  for (int t = 0; t < PAGE; t += 4, rows += 4 * stride) {
+    auto row = [&](int i, int c) { return _mm512_loadu_si512(rows + i * stride + 16 * c); };
+    if constexpr (stride >= 64) {
+      for (int c = 0; c < stride / 16; c += 4, out += 4 * UNIT) {
+        put_units<by_element>(out, _mm512_shuffle_i32x4(row(0, c), row(1, c), 0x44), _mm512_shuffle_i32x4(row(2, c), row(3, c), 0x44));
+        put_units<by_element>(out + 2 * UNIT, _mm512_shuffle_i32x4(row(0, c), row(1, c), 0xee), _mm512_shuffle_i32x4(row(2, c), row(3, c), 0xee));
+      }
+    } else if constexpr (stride == 32) {
+      put_units<by_element>(out, row(0, 0), row(2, 0));
+      out += 2 * UNIT;
+    } else if constexpr (stride == 16) {
+      put_unit<by_element>(out, row(0, 0));
+      out += UNIT;
+    } else {
       const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3),
                                                      _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)rows)));
       put_unit<by_element>(out, _mm512_mask_srli_epi64(twice, 0xaa, twice, 1));
-    } else {
-      for (; c < chunks; ++c) put_unit<by_element>(out + c * UNIT, four_rows(rows + 16 * c, stride));
+      out += UNIT;
     }
   }
+}
+
+template <bool by_element>
+inline void stage_rows(uint8_t* out, const uint8_t* rows, int chunks, int stride) {
+  switch (stride) {
+    case 8: return stage_rows_of<by_element, 8>(out, rows);
+    case 16: return stage_rows_of<by_element, 16>(out, rows);
+    case 32: return stage_rows_of<by_element, 32>(out, rows);
+    case 64: return stage_rows_of<by_element, 64>(out, rows);
+    case 128: return stage_rows_of<by_element, 128>(out, rows);
+  }
+  for (int t = 0; t < PAGE; t += 4, rows += 4 * stride)
+    for (int c = 0; c < chunks; ++c, out += UNIT) put_unit<by_element>(out, four_rows(rows + 16 * c, stride));
 }
 #else
 inline b16 staged_row(const uint8_t* p, int stride) {
