@@ -33,7 +33,6 @@ struct Tile {
   float *query_step, *factor, *sums, *value_scales;
   ScoreRow* score_rows;
   uint8_t *codes, *weights8, *nibbles;
-  Staged staged;
   int8_t *query8, *query_lanes;
   int32_t* query_sum;
   Layout layout_k, layout_v;
@@ -46,7 +45,7 @@ struct Tile {
   void reserve(Scratch& s) {
     const int widest = std::max(ldk, ldv);
     s.reserve(4 * (size_t(count) * (4 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 7 * widest + 2 * TILE) +
-              count * (ldk + BYTES + ldk * LANES) + (2 * PAGE + 2 * TILE + 4) * widest + 16 * TILE + 8192);
+              count * (ldk + BYTES + ldk * LANES + TILE) + (TILE + 2 * PAGE + 4) * widest + 8192);
     query = s.take<float>(count * ldk);
     rotated = s.take<float>(count * ldk);
     unrotated = s.take<float>(count * ldv);
@@ -58,9 +57,7 @@ struct Tile {
     centre_v = s.take<float>(ldv);
     centre = s.take<float>(TILE_PAGES * widest);
     added = s.take<float>(TILE);
-    codes = s.take<uint8_t>(2 * PAGE * widest);
-    staged.first = s.take<uint8_t>(TILE * widest);
-    staged.second = s.take<uint8_t>(TILE * std::max(16, widest / 8));
+    codes = s.take<uint8_t>((TILE + PAGE) * widest);
     nibbles = s.take<uint8_t>(4 * query_bytes());
     weights8 = s.take<uint8_t>(count * TILE);
     query8 = s.take<int8_t>(count * query_bytes());
@@ -144,9 +141,10 @@ struct Tile {
     const Format& f = *k.store.f;
     const int tokens = pages * PAGE;
     float scales[TILE], steps[TILE_PAGES];
+    const uint8_t* first_page = k.store.page(b, h, (t - k.packed_begin()) / PAGE);
+    const int64_t bytes = k.store.pages_page;
     for (int p = 0; p < pages; ++p) {
-      const uint8_t* page = k.store.page(b, h, (t - k.packed_begin()) / PAGE + p);
-      stage_page<false>(staged, p, page, codes, f, layout_k);
+      const uint8_t* page = first_page + p * bytes;
       page_scales(scales + p * PAGE, page);
       steps[p] = read_float(page + 4);
       if (f.centred) unpack_nibbles(nibbles + p * query_bytes(), page + f.centre_offset, f.dim / 2);
@@ -160,8 +158,9 @@ struct Tile {
         for (int p = 0; p < pages; ++p) row.constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
       }
     }
-    const ScoreArgs args{scores, SCORES_LD, tokens, count, staged, layout_k, f.levels8_biased, query_lanes, ldk * LANES, score_rows, scales};
-    score_codes_of(layout_k)(args, Prefetch(k.store.page(b, h, (t - k.packed_begin()) / PAGE + pages), pages * k.store.pages_page, tokens / W));
+    const Planes planes(first_page, bytes, pages, codes, f, layout_k);
+    score_codes({scores, SCORES_LD, tokens, count, planes, layout_k, f.levels8_biased, query_lanes, ldk * LANES, score_rows, scales},
+                Prefetch(first_page + pages * bytes, pages * bytes, tokens / W));
   }
 
   // Where the tokens that one tile can take end: dense rows need not lie together.
@@ -324,17 +323,15 @@ struct Tile {
     for (int r = 0; r < count; ++r) finite &= factor[r] == factor[r];
     for (int r = 0; r < count && finite; ++r)
       factor[r] = quantize_weights(weights8 + r * TILE, scores + r * SCORES_LD, pages * PAGE, factor[r]) * f.level8_step;
-    for (int p = 0; p < pages; ++p) {
-      if (finite) {
-        stage_page<true>(staged, p, page + p * bytes, codes, f, layout_v);
-      } else {
-        decode_levels(page + p * bytes, 0, PAGE);
-        gemm(out, ldv, scores + p * PAGE, SCORES_LD, values, ldv, count, ldv, PAGE, true);
-      }
+    if (finite) {
+      const Planes planes(page, bytes, pages, codes, f, layout_v);
+      return sum_codes({out, ldv, pages * PAGE, count, planes, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor},
+                       Prefetch(page + pages * bytes, pages * bytes, pages * PAGE / 4 * layout_v.chunks));
     }
-    if (!finite) return;
-    const SumArgs args{out, ldv, pages * PAGE, count, staged, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor};
-    sum_codes_of(layout_v)(args, Prefetch(page + pages * bytes, pages * bytes, pages * PAGE / 4 * layout_v.first_chunks));
+    for (int p = 0; p < pages; ++p) {
+      decode_levels(page + p * bytes, 0, PAGE);
+      gemm(out, ldv, scores + p * PAGE, SCORES_LD, values, ldv, count, ldv, PAGE, true);
+    }
   }
 };
 
