@@ -1,11 +1,11 @@
-// Scores and weighted sums of staged pages by int8 products.
+// Scores and weighted sums of whole pages by int8 products.
 //
 // Scores: levels are biased to be unsigned, the rotated query is int8 with one scale per row. The 16-byte lanes of a
 // vector hold tokens, 16 elements each; a product leaves 4 sums in a lane, which are added at the end.
 // Sums: the weights times the scales are unsigned bytes with one scale per row and tile, the levels are signed. A dword
 // holds one element of 4 tokens.
 #pragma once
-#include "stage.h"
+#include "units.h"
 
 namespace tqc {
 
@@ -20,30 +20,6 @@ struct Prefetch {
   }
 };
 
-template <int shift>
-inline vb shifted(vb x) {
-  if constexpr (shift > 0) return (vb)((vu)x >> shift);
-  else if constexpr (shift < 0) return (vb)((vu)x << -shift);
-  else return x;
-}
-
-template <int bits, bool half>
-constexpr int BLOCKS = bits == AS_BYTES ? 1 : half ? 4 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
-
-// Bytes of levels of block number `block`. `first` and `second` point at its chunk of the planes; for 3 bits the blocks
-// of the narrower plane take two chunks of the wider one by turns, `step` bytes apart.
-template <int bits, bool half, int block>
-inline vb levels_of(const uint8_t* first, const uint8_t* second, int64_t step, const uint8_t* table) {
-  constexpr int mask = bits == AS_BYTES ? 15 : (1 << bits) - 1;
-  if constexpr (bits == 3) {
-    const vb low = shifted<half ? 2 * block : block / 2 * 2>(load_as<vb>(first + (half ? 0 : block % 2) * step));
-    const vb high = shifted<(half ? 2 * block : block) - 2>(load_as<vb>(second));
-    return pick(table, (low & 3) | (high & uint8_t(~3)), mask);
-  } else {
-    return pick(table, shifted<half ? 2 * block : bits * block>(load_as<vb>(first)), mask);
-  }
-}
-
 // Lane by lane, the sums of the 4 dwords of each of 4 vectors.
 inline vi sums_by_lane(const vi (&x)[4]) {
   const vi a = zip_low<4>(x[0], x[1]) + zip_high<4>(x[0], x[1]), b = zip_low<4>(x[2], x[3]) + zip_high<4>(x[2], x[3]);
@@ -54,60 +30,63 @@ inline vi in_token_order(vi x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, (I % LANES * 4 + I / LANES)...);
 }
 
+// What makes a score of a product: (product * step + offset + scale * variance) * scale + constants[page].
+struct ScoreRow {
+  float step, offset, variance, constants[4];
+};
+
 struct ScoreArgs {
-  int32_t* out;  // [count, tokens], rows SCORES_LD apart
+  float* out;  // [count, tokens], rows ldo apart
   int ldo, tokens, count;
-  Staged codes;
+  Planes planes;
   Layout layout;
   const uint8_t* table;
   const int8_t* query;  // [count, padded(dim) / 16, BYTES], each 16 elements repeated
   int ldq;
+  const ScoreRow* rows;  // [count]
+  const float* scales;   // [tokens]
 };
 
-template <int bits, bool half, int rows, int block = 0>
-inline void score_blocks(vi (&sum)[rows][4], const ScoreArgs& a, const uint8_t* first, const uint8_t* second,
-                         const int8_t* query, int64_t step) {
-  constexpr int parts = UNIT / BYTES;
-  const int64_t first_unit = a.layout.first_chunks * UNIT, second_unit = a.layout.second_chunks * UNIT;
+template <int bits, int dim, int rows, int block = 0>
+inline void score_blocks(vi (&sum)[rows][4], const ScoreArgs& a, const Chunk<bits, dim, false, 4 / PARTS>& codes, const int8_t* query) {
   vb level[4];
-  for (int j = 0; j < 4; ++j)
-    level[j] = levels_of<bits, half, block>(first + j / parts * first_unit + j % parts * BYTES,
-                                            second + j / parts * second_unit + j % parts * BYTES, step, a.table);
+  for (int j = 0; j < 4; ++j) level[j] = codes.template levels<block>(j, a.table);
   for (int r = 0; r < rows; ++r) {
     const vb q = load_as<vb>(query + r * a.ldq);
     for (int j = 0; j < 4; ++j) sum[r][j] = dot4(sum[r][j], level[j], q);
   }
-  if constexpr (block + 1 < BLOCKS<bits, half>)
-    score_blocks<bits, half, rows, block + 1>(sum, a, first, second, query + step / UNIT * BYTES, step);
+  if constexpr (block + 1 < BLOCKS<bits, dim>)
+    score_blocks<bits, dim, rows, block + 1>(sum, a, codes, query + a.layout.chunks * BYTES);
 }
 
-template <int bits, bool half, int rows>
+template <int bits, int dim, int rows>
 inline void score_rows(const ScoreArgs& a, int row, Prefetch& ahead) {
-  const int chunks = bits == 3 ? a.layout.second_chunks : a.layout.first_chunks;
   const int8_t* query = a.query + row * a.ldq;
   for (int t = 0; t < a.tokens; t += W) {
     ahead.step();
-    const uint8_t* first = a.codes.first + t / 4 * a.layout.first_chunks * UNIT;
-    const uint8_t* second = a.codes.second + t / 4 * a.layout.second_chunks * UNIT;
+    const uint8_t *first = a.planes.first.at(t), *second = a.planes.second.at(t);
     vi sum[rows][4] = {};
-    for (int c = 0; c < chunks; ++c)
-      score_blocks<bits, half, rows>(sum, a, first + c * UNIT, second + c * UNIT, query + c * BYTES, chunks * UNIT);
+    for (int c = 0; c < a.layout.chunks; ++c)
+      score_blocks<bits, dim, rows>(sum, a, {first, second, a.planes, a.layout.chunks, c}, query + c * BYTES);
+    const vf scale = load(a.scales + t);
     for (int r = 0; r < rows; ++r) {
-      const vi scores = in_token_order(sums_by_lane(sum[r]), std::make_integer_sequence<int, W>{});
-      memcpy(a.out + (row + r) * a.ldo + t, &scores, sizeof scores);
+      const ScoreRow& as = a.rows[row + r];
+      const vi products = in_token_order(sums_by_lane(sum[r]), std::make_integer_sequence<int, W>{});
+      const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
+      store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
     }
   }
 }
 
-template <int bits, bool half>
+template <int bits, int dim>
 inline void score_codes(const ScoreArgs& a, Prefetch ahead) {
   constexpr int most = W == 8 ? 2 : 4;  // what the registers hold
   for (int r = 0; r < a.count; r += most) {
     switch (std::min(most, a.count - r)) {
-      case 1: score_rows<bits, half, 1>(a, r, ahead); break;
-      case 2: score_rows<bits, half, 2>(a, r, ahead); break;
-      case 3: score_rows<bits, half, 3>(a, r, ahead); break;
-      case 4: score_rows<bits, half, 4>(a, r, ahead); break;
+      case 1: score_rows<bits, dim, 1>(a, r, ahead); break;
+      case 2: score_rows<bits, dim, 2>(a, r, ahead); break;
+      case 3: score_rows<bits, dim, 3>(a, r, ahead); break;
+      case 4: score_rows<bits, dim, 4>(a, r, ahead); break;
     }
   }
 }
@@ -115,7 +94,7 @@ inline void score_codes(const ScoreArgs& a, Prefetch ahead) {
 struct SumArgs {
   float* out;  // [count, ld], added to
   int ld, tokens, count;
-  Staged codes;
+  Planes planes;
   Layout layout;
   const uint8_t* table;
   const uint8_t* weights;  // [count, tokens], rows ldw apart
@@ -123,68 +102,74 @@ struct SumArgs {
   const float* factor;  // [count]
 };
 
-template <int bits, bool half, int rows, int begin, int end, int block = begin>
-inline void sum_blocks(vi (&sum)[rows][end - begin][UNIT / BYTES], const vb (&weight)[rows], const uint8_t* first,
-                       const uint8_t* second, int64_t step, const uint8_t* table) {
-  for (int part = 0; part < UNIT / BYTES; ++part) {
-    const vb level = levels_of<bits, half, block>(first + part * BYTES, second + part * BYTES, step, table);
+template <int bits, int dim, int rows, int begin, int end, int block = begin>
+inline void sum_blocks(vi (&sum)[rows][end - begin][PARTS], const vb (&weight)[rows], const Chunk<bits, dim, true, 1>& codes,
+                       const uint8_t* table) {
+  for (int part = 0; part < PARTS; ++part) {
+    const vb level = codes.template levels<block>(part, table);
     for (int r = 0; r < rows; ++r)
       sum[r][block - begin][part] = dot4(sum[r][block - begin][part], weight[r], level);
   }
-  if constexpr (block + 1 < end)
-    sum_blocks<bits, half, rows, begin, end, block + 1>(sum, weight, first, second, step, table);
+  if constexpr (block + 1 < end) sum_blocks<bits, dim, rows, begin, end, block + 1>(sum, weight, codes, table);
 }
 
 // Blocks [begin, end) of each chunk, then those behind.
-template <int bits, bool half, int rows, int begin = 0>
+template <int bits, int dim, int rows, int begin = 0>
 inline void sum_rows(const SumArgs& a, int row, Prefetch& ahead) {
-  constexpr int blocks = BLOCKS<bits, half>, end = std::min(begin + (W == 16 ? 4 : 2), blocks);
-  const int chunks = bits == 3 ? a.layout.second_chunks : a.layout.first_chunks;
+  constexpr int blocks = BLOCKS<bits, dim>, end = std::min(begin + (W == 16 ? 4 : 2), blocks);
+  const int chunks = a.layout.chunks;
   for (int c = 0; c < chunks; ++c) {
-    vi sum[rows][end - begin][UNIT / BYTES] = {};
-    const uint8_t *first = a.codes.first + c * UNIT, *second = a.codes.second + c * UNIT;
+    vi sum[rows][end - begin][PARTS] = {};
     for (int t = 0; t < a.tokens; t += 4) {
       ahead.step();
       vb weight[rows];
       for (int r = 0; r < rows; ++r) weight[r] = repeat<4>(a.weights + (row + r) * a.ldw + t);
-      sum_blocks<bits, half, rows, begin, end>(sum, weight, first, second, chunks * UNIT, a.table);
-      first += a.layout.first_chunks * UNIT;
-      second += a.layout.second_chunks * UNIT;
+      sum_blocks<bits, dim, rows, begin, end>(sum, weight, {a.planes.first.at(t), a.planes.second.at(t), a.planes, chunks, c}, a.table);
     }
     for (int r = 0; r < rows; ++r)
       for (int block = begin; block < end; ++block)
-        for (int part = 0; part < UNIT / BYTES; ++part) {
+        for (int part = 0; part < PARTS; ++part) {
           float* o = a.out + (row + r) * a.ld + (block * chunks + c) * 16 + part * W;
           store(o, load(o) + __builtin_convertvector(sum[r][block - begin][part], vf) * a.factor[row + r]);
         }
   }
-  if constexpr (end < blocks) sum_rows<bits, half, rows, end>(a, row, ahead);
+  if constexpr (end < blocks) sum_rows<bits, dim, rows, end>(a, row, ahead);
 }
 
-template <int bits, bool half>
+template <int bits, int dim>
 inline void sum_codes(const SumArgs& a, Prefetch ahead) {
   constexpr int most = W == 16 ? 4 : 2;
   for (int r = 0; r < a.count; r += most) {
     switch (std::min(most, a.count - r)) {
-      case 1: sum_rows<bits, half, 1>(a, r, ahead); break;
-      case 2: sum_rows<bits, half, 2>(a, r, ahead); break;
-      case 3: sum_rows<bits, half, 3>(a, r, ahead); break;
-      case 4: sum_rows<bits, half, 4>(a, r, ahead); break;
+      case 1: sum_rows<bits, dim, 1>(a, r, ahead); break;
+      case 2: sum_rows<bits, dim, 2>(a, r, ahead); break;
+      case 3: sum_rows<bits, dim, 3>(a, r, ahead); break;
+      case 4: sum_rows<bits, dim, 4>(a, r, ahead); break;
     }
   }
 }
 
-using ScoreCodes = void (*)(const ScoreArgs&, Prefetch);
-using SumCodes = void (*)(const SumArgs&, Prefetch);
-inline ScoreCodes score_codes_of(const Layout& l) {
-  constexpr ScoreCodes all[] = {score_codes<AS_BYTES, false>, score_codes<1, false>, score_codes<2, false>,
-                                score_codes<3, false>, score_codes<4, false>};
-  return l.half ? l.bits == 1 ? score_codes<1, true> : score_codes<3, true> : all[l.bits];
+// Calls `run` with the layout's bits and dim as types.
+template <class Run>
+inline void with_layout(const Layout& l, const Run& run) {
+  auto with_bits = [&](auto dim) {
+    switch (l.bits) {
+      case 1: return run(std::integral_constant<int, 1>{}, dim);
+      case 2: return run(std::integral_constant<int, 2>{}, dim);
+      case 3: return run(std::integral_constant<int, 3>{}, dim);
+      case 4: return run(std::integral_constant<int, 4>{}, dim);
+    }
+  };
+  if (l.bits == AS_BYTES) run(std::integral_constant<int, AS_BYTES>{}, std::integral_constant<int, 0>{});
+  else if (l.dim == 64) with_bits(std::integral_constant<int, 64>{});
+  else if (l.dim == 128) with_bits(std::integral_constant<int, 128>{});
+  else with_bits(std::integral_constant<int, 0>{});
 }
-inline SumCodes sum_codes_of(const Layout& l) {
-  constexpr SumCodes all[] = {sum_codes<AS_BYTES, false>, sum_codes<1, false>, sum_codes<2, false>, sum_codes<3, false>,
-                              sum_codes<4, false>};
-  return l.half ? l.bits == 1 ? sum_codes<1, true> : sum_codes<3, true> : all[l.bits];
+inline void score_codes(const ScoreArgs& a, Prefetch ahead) {
+  with_layout(a.layout, [&](auto bits, auto dim) { score_codes<bits, dim>(a, ahead); });
+}
+inline void sum_codes(const SumArgs& a, Prefetch ahead) {
+  with_layout(a.layout, [&](auto bits, auto dim) { sum_codes<bits, dim>(a, ahead); });
 }
 
 // Nearest integers of |x| < 2**22.
@@ -218,16 +203,8 @@ inline i4 dot_nibbles(const uint8_t* nibbles, const int8_t* query, int ld) {
   return out;
 }
 
-// w8 = round(w / step) for the weights of one row, each >= 0; returns the step, or NaN if a weight is not finite.
-inline float quantize_weights(uint8_t* out, const float* w, int tokens) {
-  vf top{};
-  vi bad{};
-  for (int t = 0; t < tokens; t += W) {
-    top = vmax(load(w + t), top);
-    bad |= load(w + t) != load(w + t);
-  }
-  if (any(bad)) return NAN;
-  const float peak = hmax(top);
+// w8 = round(w / step) for the weights of one row, none above `peak` or below 0; returns the step.
+inline float quantize_weights(uint8_t* out, const float* w, int tokens, float peak) {
   const vf inverse = splat(peak > 0 ? UNSIGNED_MAX / peak : 0.0f);
   for (int t = 0; t < tokens; t += W) {
     const vw w8 = __builtin_convertvector(nearest(load(w + t) * inverse), vw);

@@ -47,19 +47,35 @@ inline void unpack_page(uint8_t* out, int ld, const uint8_t* page, const Format&
   }
 }
 
+#if defined(__AVX512F__)
+// Levels in registers, 32 to a permute; for 8 bits it takes 8 of them, which is still faster than a gather.
+template <int tables>
+inline void look_up_of(float* out, const uint8_t* codes, int count, const float* levels) {
+  __m512 low[tables], high[tables];
+  for (int k = 0; k < tables; ++k) {
+    low[k] = _mm512_loadu_ps(levels + 32 * k);
+    high[k] = _mm512_loadu_ps(levels + 32 * k + 16);
+  }
+  for (int i = 0; i < count; i += 16) {
+    const __m512i code = _mm512_cvtepu8_epi32(load_as<__m128i>(codes + i));
+    __m512 level = _mm512_permutex2var_ps(low[0], code, high[0]);
+    for (int k = 1; k < tables; ++k)
+      level = _mm512_mask_mov_ps(level, _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(32 * k)),
+                                 _mm512_permutex2var_ps(low[k], code, high[k]));
+    _mm512_storeu_ps(out + i, level);
+  }
+}
+#endif
+
 // out[i] = levels[codes[i]]; count is a multiple of 16.
 inline void look_up(float* out, const uint8_t* codes, int count, const Format& f) {
 #if defined(__AVX512F__)
-  if (f.bits <= 5) {
-    __m512 low = _mm512_loadu_ps(f.levels), high = _mm512_loadu_ps(f.levels + 16);
-    for (int i = 0; i < count; i += 16) {
-      __m512i index = _mm512_cvtepu8_epi32(load_as<__m128i>(codes + i));
-      _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(low, index, high));
-    }
-    return;
+  switch (f.bits) {
+    case 6: return look_up_of<2>(out, codes, count, f.levels);
+    case 7: return look_up_of<4>(out, codes, count, f.levels);
+    case 8: return look_up_of<8>(out, codes, count, f.levels);
+    default: return look_up_of<1>(out, codes, count, f.levels);
   }
-  for (int i = 0; i < count; i += 16)
-    _mm512_storeu_ps(out + i, _mm512_i32gather_ps(_mm512_cvtepu8_epi32(load_as<__m128i>(codes + i)), f.levels, 4));
 #elif defined(__AVX2__)
   for (int i = 0; i < count; i += 8)
     _mm256_storeu_ps(out + i,

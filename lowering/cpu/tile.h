@@ -9,6 +9,7 @@ extern thread_local Scratch scratch;
 extern bool use_int8;  // tests turn it off
 
 constexpr int TILE = (UNSIGNED_MAX == 255 ? 4 : 1) * PAGE;  // weights of 7 bits need a scale for each page
+constexpr int TILE_PAGES = TILE / PAGE;
 constexpr int SCORES_LD = TILE + PAD;  // no power of two: rows would share a set of the cache
 
 // Broadcast to [batch, query heads, rows, columns] by byte strides, 0 where an axis is of size 1.
@@ -29,9 +30,9 @@ struct Tile {
   int group;
 
   float *query, *rotated, *head_bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
-  float *query_step, *factor, *sums, *variance;
+  float *query_step, *factor, *sums, *value_scales;
+  ScoreRow* score_rows;
   uint8_t *codes, *weights8, *nibbles;
-  Staged staged;
   int8_t *query8, *query_lanes;
   int32_t* query_sum;
   Layout layout_k, layout_v;
@@ -43,8 +44,8 @@ struct Tile {
 
   void reserve(Scratch& s) {
     const int widest = std::max(ldk, ldv);
-    s.reserve(4 * (size_t(count) * (4 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 3 * widest + TILE) +
-              count * (ldk + BYTES + ldk * LANES) + (2 * PAGE + 2 * TILE + 4) * widest + 16 * TILE + 8192);
+    s.reserve(4 * (size_t(count) * (4 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 7 * widest + 2 * TILE) +
+              count * (ldk + BYTES + ldk * LANES + TILE) + (TILE + 2 * PAGE + 4) * widest + 8192);
     query = s.take<float>(count * ldk);
     rotated = s.take<float>(count * ldk);
     unrotated = s.take<float>(count * ldv);
@@ -54,11 +55,9 @@ struct Tile {
     values = s.take<float>(widest * PAGE);
     centre_k = s.take<float>(ldk);
     centre_v = s.take<float>(ldv);
-    centre = s.take<float>(widest);
+    centre = s.take<float>(TILE_PAGES * widest);
     added = s.take<float>(TILE);
-    codes = s.take<uint8_t>(2 * PAGE * widest);
-    staged.first = s.take<uint8_t>(TILE * widest);
-    staged.second = s.take<uint8_t>(TILE * std::max(16, widest / 8));
+    codes = s.take<uint8_t>((TILE + PAGE) * widest);
     nibbles = s.take<uint8_t>(4 * query_bytes());
     weights8 = s.take<uint8_t>(count * TILE);
     query8 = s.take<int8_t>(count * query_bytes());
@@ -67,12 +66,13 @@ struct Tile {
     query_step = s.take<float>(count);
     factor = s.take<float>(count);
     sums = s.take<float>(count * W);
-    variance = s.take<float>(count);
+    value_scales = s.take<float>(TILE);
+    score_rows = s.take<ScoreRow>(count);
   }
 
   int query_bytes() const { return (ldk + BYTES - 1) / BYTES * BYTES; }
 
-  // Call once `query` is filled.
+  // Call once `query` is filled; it is multiplied by `scale`.
   void start() {
     const Format &fk = *k.store.f, &fv = *v.store.f;
     for (int i = fk.dim; i < ldk; ++i) centre_k[i] = 0;
@@ -80,6 +80,7 @@ struct Tile {
     to_float(centre_k, k.store.row(b, h, 0), fk.dim, k.store.dtype);
     to_float(centre_v, v.store.row(b, h, 0), fv.dim, v.store.dtype);
     memset(sums, 0, sizeof(float) * count * W);
+    for (int i = 0; i < count * ldk; i += W) store(query + i, load(query + i) * scale);
     if (k.packed_end() <= k.packed_begin()) return;
     rotate_rows(rotated, query, count, fk, false);
     int8 = use_int8 && HAS_INT8 && fk.bits <= INT8_BITS && fv.bits <= INT8_BITS;
@@ -93,9 +94,11 @@ struct Tile {
         memcpy(query_lanes + (r * ldk + i) * LANES, &lanes, BYTES);
       }
     }
-    for (int r = 0; r < count; ++r)
-      variance[r] = 0.5f * fk.score_variance * scale * dot(query + r * ldk, query + r * ldk, ldk);
-    for (int r = 0; r < count; ++r) head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
+    for (int r = 0; r < count; ++r) {
+      score_rows[r] = {};
+      score_rows[r].variance = 0.5f * fk.score_variance * dot(query + r * ldk, query + r * ldk, ldk);
+      head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
+    }
   }
 
   // Attend to tokens [t, end), whose values are all packed or all not.
@@ -103,8 +106,10 @@ struct Tile {
     while (t < end) {
       if (const int pages = whole_pages(t, end)) {
         score_pages(t, pages);
-        soften(t, pages * PAGE);
-        accumulate_pages(t, pages);
+        const uint8_t* page = v.store.page(b, h, (t - v.packed_begin()) / PAGE);
+        for (int p = 0; p < pages; ++p) page_scales(value_scales + p * PAGE, page + p * v.store.pages_page);
+        soften(t, pages * PAGE, page);
+        accumulate_pages(page, pages);
         t += pages * PAGE;
         continue;
       }
@@ -112,7 +117,12 @@ struct Tile {
       Run keys_at = k.at(b, h, t, end), values_at = v.at(b, h, t, end);
       const int tokens = int(std::min(extent(k, keys_at, limit), extent(v, values_at, limit)) - t);
       score(keys_at, t, tokens);
-      soften(t, tokens);
+      if (values_at.kind == Kind::Packed) {
+        float of_page[2 * PAGE] = {};
+        page_scales(of_page, values_at.page);
+        for (int i = 0; i < PAGE; ++i) value_scales[i] = i < tokens ? of_page[values_at.offset + i] : 0.0f;
+      }
+      soften(t, tokens, values_at.page);
       accumulate(values_at, t, tokens);
       t += tokens;
     }
@@ -130,33 +140,27 @@ struct Tile {
   void score_pages(int64_t t, int pages) {
     const Format& f = *k.store.f;
     const int tokens = pages * PAGE;
-    float scales[TILE], steps[4] = {};
+    float scales[TILE], steps[TILE_PAGES];
+    const uint8_t* first_page = k.store.page(b, h, (t - k.packed_begin()) / PAGE);
+    const int64_t bytes = k.store.pages_page;
     for (int p = 0; p < pages; ++p) {
-      const uint8_t* page = k.store.page(b, h, (t - k.packed_begin()) / PAGE + p);
-      stage_page<false>(staged, p, page, codes, f, layout_k);
+      const uint8_t* page = first_page + p * bytes;
       page_scales(scales + p * PAGE, page);
       steps[p] = read_float(page + 4);
       if (f.centred) unpack_nibbles(nibbles + p * query_bytes(), page + f.centre_offset, f.dim / 2);
     }
-    const ScoreArgs args{(int32_t*)scores, SCORES_LD, tokens, count, staged, layout_k, f.levels8_biased, query_lanes, ldk * LANES};
-    score_codes_of(layout_k)(args, Prefetch(k.store.page(b, h, (t - k.packed_begin()) / PAGE + pages), pages * k.store.pages_page, tokens / W));
     for (int r = 0; r < count; ++r) {
-      float* row = scores + r * SCORES_LD;
-      const float step = query_step[r] * f.score_step;
-      float constants[4] = {};
+      ScoreRow& row = score_rows[r];
+      row.step = query_step[r] * f.score_step;
+      row.offset = -LEVEL_BIAS * query_sum[r] * row.step;
       if (f.centred) {
         const i4 at_centre = dot_nibbles(nibbles, query8 + r * query_bytes(), query_bytes()) - CENTRE_ZERO * query_sum[r];
-        for (int p = 0; p < pages; ++p) constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
-      }
-      for (int p = 0; p < pages; ++p) {
-        const vf constant = splat(constants[p]);
-        for (int i = p * PAGE; i < (p + 1) * PAGE; i += W) {
-          const vf token = load(scales + i);
-          const vf product = __builtin_convertvector(load_as<vi>(row + i) - LEVEL_BIAS * query_sum[r], vf) * step;
-          store(row + i, (product + token * variance[r]) * token + constant);
-        }
+        for (int p = 0; p < pages; ++p) row.constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
       }
     }
+    const Planes planes(first_page, bytes, pages, codes, f, layout_k);
+    score_codes({scores, SCORES_LD, tokens, count, planes, layout_k, f.levels8_biased, query_lanes, ldk * LANES, score_rows, scales},
+                Prefetch(first_page + pages * bytes, pages * bytes, tokens / W));
   }
 
   // Where the tokens that one tile can take end: dense rows need not lie together.
@@ -182,7 +186,7 @@ struct Tile {
     }
   }
 
-  // scores [count, 32] before scale, softcap and mask. Packed tokens' are corrected for their coding error: half the
+  // scores [count, 32] before softcap and mask. Packed tokens' are corrected for their coding error: half the
   // variance of the score is added, which is D s_t^2 |scale q|^2.
   void score(const Run& run, int64_t at, int tokens) {
     const Format& f = *k.store.f;
@@ -209,7 +213,7 @@ struct Tile {
         for (int t = 0; t < PAGE; t += W) {
           float* s = scores + r * SCORES_LD + t;
           const vf token = load(scales + run.offset + t);
-          store(s, (load(s) + token * variance[r]) * token + constant);
+          store(s, (load(s) + token * score_rows[r].variance) * token + constant);
         }
       }
     }
@@ -221,10 +225,16 @@ struct Tile {
       added[i] = mask->dtype == BOOL ? (*p ? 0.0f : -INFINITY) : scalar_to_float(p, mask->dtype);
   }
 
-  // Scores to weights e**(s - top), running maximum and sum; rescales `out` where the maximum rose.
-  void soften(int64_t t, int tokens) {
+  // Scores to weights e**(s - top), running maximum and sum; rescales `out` where the maximum rose. If the values lie in
+  // pages, `page` being the first, weights are multiplied by `value_scales`, and what the centres add goes to `out`.
+  void soften(int64_t t, int tokens, const uint8_t* page) {
+    const Format& f = *v.store.f;
     int64_t loaded = -1;
     const int columns = (tokens + PAGE - 1) / PAGE * PAGE;
+    for (int p = 0; page && f.centred && p * PAGE < columns; ++p) {
+      page_centre(centre + p * ldv, page + p * v.store.pages_page, f);
+      for (float* c = centre + p * ldv; c < centre + (p + 1) * ldv; c += W) store(c, load(c) + load(centre_v + (c - centre) % ldv));
+    }
     for (int r = 0; r < count; ++r) {
       float* s = scores + r * SCORES_LD;
       const int64_t row = (first + r) / group, q_head = head + (first + r) % group;
@@ -237,7 +247,7 @@ struct Tile {
       vf peak = old;
       if (mask->data || softcap != 0 || visible < columns) {
         for (int i = 0; i < columns; i += W) {
-          vf x = load(s + i) * scale;
+          vf x = load(s + i);
           if (softcap != 0) x = vtanh(x / softcap) * softcap;
           if (mask->data) {
             vf m = load(added + i);
@@ -250,11 +260,7 @@ struct Tile {
           peak = vmax(x, peak);
         }
       } else {
-        for (int i = 0; i < columns; i += W) {
-          const vf x = load(s + i) * scale;
-          store(s + i, x);
-          peak = vmax(x, peak);
-        }
+        for (int i = 0; i < columns; i += W) peak = vmax(load(s + i), peak);
       }
       if (any(peak > old)) {
         top[r] = hmax(peak);
@@ -262,13 +268,27 @@ struct Tile {
       }
       const vf base = splat(top[r] == -INFINITY ? 0.0f : top[r]);
       vf total = load(sums + r * W);
-      for (int i = 0; i < columns; i += W) {
-        vf p = vexp(load(s + i) - base);
-        store(s + i, p);
-        total += p;
+      vu heaviest{};  // bits of numbers >= 0 order as they do; those of NaN are the highest
+      for (int p = 0; p < columns; p += PAGE) {
+        vf weight{};
+        for (int i = p; i < p + PAGE; i += W) {
+          vf w = vexp(load(s + i) - base);
+          weight += w;
+          if (page) w *= load(value_scales + i);
+          heaviest = (vu)w > heaviest ? (vu)w : heaviest;
+          store(s + i, w);
+        }
+        total += weight;
+        if (page && f.centred) add_centre(r, centre + p / PAGE * ldv, hsum(weight));
       }
       store(sums + r * W, total);
+      factor[r] = any((vi)(heaviest >= 0x7f800000)) ? NAN : hmax((vf)heaviest);
     }
+  }
+
+  void add_centre(int r, const float* from, float weight) {
+    float* o = out + r * ldv;
+    for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) + load(from + i) * weight);
   }
 
   void rescale(int r, float by) {
@@ -286,8 +306,7 @@ struct Tile {
     const Format& f = *v.store.f;
     if (run.kind == Kind::Zeros) return;
     if (run.kind == Kind::Rows) gather(values, ldv, v, at, tokens);
-    else weigh(run.page, run.offset, 0, tokens);
-    if (run.kind == Kind::Packed) decode_levels(run.page, run.offset, tokens);
+    else decode_levels(run.page, run.offset, tokens);
     gemm(out, ldv, scores, SCORES_LD, values, ldv, count, ldv, tokens, true);
   }
 
@@ -296,54 +315,23 @@ struct Tile {
     look_up(values, codes + offset * ldv, tokens * ldv, *v.store.f);
   }
 
-  // Columns [column, column + 32): weights times scales; what the centres add goes to `out`.
-  void weigh(const uint8_t* page, int offset, int column, int tokens) {
-    const Format& f = *v.store.f;
-    float scales[2 * PAGE];
-    page_scales(scales, page);
-    for (int t = tokens; t < PAGE; ++t) scales[offset + t] = 0;
-    if (f.centred) {
-      page_centre(centre, page, f);
-      for (int i = 0; i < ldv; i += W) store(centre + i, load(centre + i) + load(centre_v + i));
-    }
-    for (int r = 0; r < count; ++r) {
-      vf total{};
-      for (int t = 0; t < PAGE; t += W) {
-        float* s = scores + r * SCORES_LD + column + t;
-        const vf weight = load(s);
-        total += weight;
-        store(s, weight * load(scales + offset + t));
-      }
-      if (!f.centred) continue;
-      const vf weight = splat(hsum(total));
-      float* o = out + r * ldv;
-      for (int i = 0; i < ldv; i += W) store(o + i, load(o + i) + weight * load(centre + i));
-    }
-  }
-
   // As `accumulate`, for whole pages.
-  void accumulate_pages(int64_t t, int pages) {
+  void accumulate_pages(const uint8_t* page, int pages) {
     const Format& f = *v.store.f;
-    const int64_t first_page = (t - v.packed_begin()) / PAGE;
-    for (int p = 0; p < pages; ++p) weigh(v.store.page(b, h, first_page + p), 0, p * PAGE, PAGE);
+    const int64_t bytes = v.store.pages_page;
     bool finite = true;
-    for (int r = 0; r < count; ++r) {
-      factor[r] = quantize_weights(weights8 + r * TILE, scores + r * SCORES_LD, pages * PAGE) * f.level8_step;
-      finite &= factor[r] == factor[r];
+    for (int r = 0; r < count; ++r) finite &= factor[r] == factor[r];
+    for (int r = 0; r < count && finite; ++r)
+      factor[r] = quantize_weights(weights8 + r * TILE, scores + r * SCORES_LD, pages * PAGE, factor[r]) * f.level8_step;
+    if (finite) {
+      const Planes planes(page, bytes, pages, codes, f, layout_v);
+      return sum_codes({out, ldv, pages * PAGE, count, planes, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor},
+                       Prefetch(page + pages * bytes, pages * bytes, pages * PAGE / 4 * layout_v.chunks));
     }
     for (int p = 0; p < pages; ++p) {
-      const uint8_t* page = v.store.page(b, h, first_page + p);
-      if (finite) {
-        stage_page<true>(staged, p, page, codes, f, layout_v);
-      } else {
-        decode_levels(page, 0, PAGE);
-        gemm(out, ldv, scores + p * PAGE, SCORES_LD, values, ldv, count, ldv, PAGE, true);
-      }
+      decode_levels(page + p * bytes, 0, PAGE);
+      gemm(out, ldv, scores + p * PAGE, SCORES_LD, values, ldv, count, ldv, PAGE, true);
     }
-    if (!finite) return;
-    const SumArgs args{out, ldv, pages * PAGE, count, staged, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor};
-    sum_codes_of(layout_v)(args, Prefetch(v.store.page(b, h, first_page + pages), pages * v.store.pages_page,
-                                          pages * PAGE / 4 * layout_v.first_chunks));
   }
 };
 
