@@ -1,5 +1,7 @@
 """What the compiler makes of the CUDA provider's kernels, for sm_80, sm_90 and sm_100: no GPU is needed.
 
+For sm_89 and sm_120, which have less shared memory, it compiles what takes most of it: the largest head_dim.
+
     python benchmarks/gpu/compile_table.py                      all cases; writes compile_table.json beside this file
     python benchmarks/gpu/compile_table.py --show               print the table of that file
     python benchmarks/gpu/compile_table.py --arch 90 --case "decode d128"
@@ -32,77 +34,107 @@ from tqc.lowering.triton import tuning
 
 TABLE = Path(__file__).with_name("compile_table.json")
 HEADS, GROUP, CAPACITY = 8, 4, 32768
-# Streaming multiprocessors of an A100, an H100 and a B200: the host code splits a history by them.
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-SETTINGS = ((64, 4, 2), (128, 4, 2), (128, 4, 4), (128, 3, 3), (256, 4, 2))
+# Streaming multiprocessors of an A100, an RTX 4090, an H100, a B200 and an RTX 5090: the host code splits by them.
+MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
+# Little shared memory, otherwise as sm_80: what needs most is compiled for them.
+SMALL = (89, 120)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+WIDTHS = ((4, 2), (4, 4), (3, 3), (2, 2), (8, 8))
+DTYPES = {"": torch.bfloat16, " float16": torch.float16, " float32": torch.float32}
 
 
-def _parts(fmt: PackedFormat) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(fmt: PackedFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty(1, HEADS, CAPACITY // PAGE_TOKENS, fmt.page_bytes, dtype=torch.uint8, device="meta"),
-        torch.empty(1, HEADS, fmt.dense_rows, fmt.head_dim, dtype=torch.bfloat16, device="meta"),
+        torch.empty(1, HEADS, fmt.dense_rows, fmt.head_dim, dtype=dtype, device="meta"),
         torch.empty(2, dtype=torch.int64, device="meta"),
     )
 
 
-def _new(heads: int, count: int, head_dim: int) -> Tensor:
+def _new(heads: int, count: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """As a model makes them: a transposed view."""
-    return torch.empty(1, count, heads, head_dim, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    return torch.empty(1, count, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
 
-def _attend(rows: int) -> Callable[[PackedFormat, PackedFormat], None]:
-    def call(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
+Call = Callable[[PackedFormat, PackedFormat, torch.dtype], None]
+
+
+def _attend(rows: int) -> Call:
+    def call(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype) -> None:
         provider.attend(
-            _new(HEADS * GROUP, rows, k_fmt.head_dim), *_parts(k_fmt), *_parts(v_fmt),
-            _new(HEADS, rows, k_fmt.head_dim), _new(HEADS, rows, v_fmt.head_dim),
+            _new(HEADS * GROUP, rows, k_fmt.head_dim, dtype), *_parts(k_fmt, dtype), *_parts(v_fmt, dtype),
+            _new(HEADS, rows, k_fmt.head_dim, dtype), _new(HEADS, rows, v_fmt.head_dim, dtype),
             None, None, None, k_fmt.head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec,
         )  # fmt: skip
 
     return call
 
 
-def _append(count: int) -> Callable[[PackedFormat, PackedFormat], None]:
-    def call(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
-        key, value = _new(HEADS, count, k_fmt.head_dim), _new(HEADS, count, v_fmt.head_dim)
-        provider.append_pair(*_parts(k_fmt), key, *_parts(v_fmt), value, None, k_fmt.spec, v_fmt.spec)
+def _append(count: int) -> Call:
+    def call(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype) -> None:
+        key, value = _new(HEADS, count, k_fmt.head_dim, dtype), _new(HEADS, count, v_fmt.head_dim, dtype)
+        provider.append_pair(*_parts(k_fmt, dtype), key, *_parts(v_fmt, dtype), value, None, k_fmt.spec, v_fmt.spec)
 
     return call
 
 
-def _read(k_fmt: PackedFormat, v_fmt: PackedFormat) -> None:
-    provider.read(*_parts(k_fmt), 4096, k_fmt.spec)
+def _read(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype) -> None:
+    provider.read(*_parts(k_fmt, dtype), 4096, k_fmt.spec)
 
 
-CALLS = {"decode": _attend(1), "append 1": _append(1), "append 512": _append(512), "read": _read, "chunk": _attend(256)}
-HOPPER_ONLY = ("read", "chunk")
+CALLS = {
+    "decode": _attend(1),
+    "few": _attend(4),
+    "chunk": _attend(256),
+    "append 1": _append(1),
+    "append 512": _append(512),
+    "read": _read,
+}
 
 
-def cases() -> list[tuple[str, str, PackedFormat, PackedFormat]]:
-    """(name, call, formats). Every setting is compiled for decoding, one of each head_dim for the other calls."""
+# (call, dtype): widths and head dims. Kernels of bfloat16 and float16 differ in how dense tokens are loaded alone.
+CASES = {
+    ("decode", ""): (WIDTHS, HEAD_DIMS),
+    ("decode", " float16"): (WIDTHS[:1], (128,)),
+    ("decode", " float32"): (WIDTHS[:1], HEAD_DIMS),
+    ("few", ""): (WIDTHS[:1], (64, 128, 256)),
+    ("chunk", ""): (WIDTHS[::4], HEAD_DIMS),
+    ("chunk", " float32"): (WIDTHS[:1], (128, 256)),
+    ("append 1", ""): (WIDTHS[:1], HEAD_DIMS),
+    ("append 1", " float32"): (WIDTHS[:1], (128, 256)),
+    ("append 512", ""): (WIDTHS[:1], (128, 256)),
+    ("read", ""): (WIDTHS[:1], HEAD_DIMS),
+}
+
+
+def cases() -> list[tuple[str, str, PackedFormat, PackedFormat, torch.dtype]]:
+    """(name, call, formats, dtype) of each case."""
     result = []
-    for call in CALLS:
-        for head_dim, k_bits, v_bits in SETTINGS:
-            if call == "decode" or (k_bits, v_bits) == (4, 2):
+    for (call, suffix), (widths, head_dims) in CASES.items():
+        for head_dim in head_dims:
+            for k_bits, v_bits in widths:
                 k_fmt, v_fmt = PackedFormat(head_dim, k_bits, True), PackedFormat(head_dim, v_bits, False)
-                result.append((f"{call} d{head_dim} k{k_bits}v{v_bits}", call, k_fmt, v_fmt))
+                result.append((f"{call} d{head_dim} k{k_bits}v{v_bits}{suffix}", call, k_fmt, v_fmt, DTYPES[suffix]))
     return result
 
 
-def compile_case(arch: int, name: str, call: str, k_fmt: PackedFormat, v_fmt: PackedFormat) -> list[dict[str, Any]]:
+def compile_case(
+    arch: int, name: str, call: str, k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """One row for each kernel that the call launches."""
     real = tuning.multiprocessors, tuning.architecture
     tuning.multiprocessors = lambda device: MULTIPROCESSORS[arch]  # type: ignore[assignment]
     tuning.architecture = lambda device: ARCHITECTURES[arch]  # type: ignore[assignment]
     try:
         with compiling(arch) as launches:
-            CALLS[call](k_fmt, v_fmt)
+            CALLS[call](k_fmt, v_fmt, dtype)
     finally:
         tuning.multiprocessors, tuning.architecture = real
     rows = []
     for launch in launches:
         row = {"case": name, "arch": ARCHITECTURES[arch], "grid": launch.grid, **resources(launch)}
         if call == "decode" and "loop" in row:
-            tile = tuning.choose(ARCHITECTURES[arch], GROUP, k_fmt, v_fmt, False).tile
+            tile = tuning.choose(ARCHITECTURES[arch], GROUP, k_fmt, v_fmt, dtype == torch.float32).tile
             row["bytes_per_token"] = row["loop_bytes"] / tile
             row["format_bytes_per_token"] = (k_fmt.page_bytes + v_fmt.page_bytes) / PAGE_TOKENS
         rows.append(row)
@@ -148,10 +180,10 @@ def main() -> None:
     out = arguments.out or (TABLE if complete else None)
     notes = ["Compiled, never run: no figure here is a time."]
     rows = []
-    for name, call, k_fmt, v_fmt in cases():
+    for name, *case in cases():
         for arch in arguments.arch:
-            if name.startswith(arguments.case) and (arch == 90 or call not in HOPPER_ONLY):
-                rows += compile_case(arch, name, call, k_fmt, v_fmt)
+            if name.startswith(arguments.case) and (arch not in SMALL or case[1].head_dim == max(HEAD_DIMS)):
+                rows += compile_case(arch, name, *case)
                 print(f"{ARCHITECTURES[arch]} {name}", file=sys.stderr, flush=True)
                 if out:
                     out.write_text(json.dumps(envelope("compile_table", rows, notes, ["triton"]), indent=1) + "\n")

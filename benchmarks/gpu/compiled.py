@@ -22,9 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
+from tqc.format import PAGE_TOKENS
+
+ARCHITECTURES = {80: "sm_80", 89: "sm_89", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
 # Shared memory that one program can ask for, bytes (CUDA C++ Programming Guide, compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 _MATRIX = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)(.*)")
@@ -73,7 +75,7 @@ class Launch:
 
 @contextmanager
 def compiling(arch: int) -> Iterator[list[Launch]]:
-    """Compile every Triton launch in the block for `arch` (80, 90 or 100) and collect it, instead of running it."""
+    """Compile every Triton launch in the block for `arch` (of ARCHITECTURES) and collect it, instead of running it."""
     launches: list[Launch] = []
     run: Callable = JITFunction.run
 
@@ -181,7 +183,10 @@ def loop_bytes(ttir: str) -> int:
         if "tt.dot" in body and re.search(r"tt\.load[^\n]*!tt\.ptr<i(8|32)>", body):
             total = 0
             for shape, dtype in re.findall(r"tt\.load[^\n]*: (?:tensor<([0-9x]+)x)?!tt\.ptr<(\w+)>", body):
-                total += math.prod(int(size) for size in shape.split("x") if size) * _DTYPE_BYTES[dtype]
+                count = math.prod(int(size) for size in shape.split("x") if size)
+                if dtype == "f32" and count >= PAGE_TOKENS:  # each token takes its page's largest scale
+                    count //= PAGE_TOKENS
+                total += count * _DTYPE_BYTES[dtype]
             return total
     return 0
 

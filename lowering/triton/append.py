@@ -27,7 +27,7 @@ from tqc.format import PackedFormat
 from tqc.lowering.triton.encode import (
     PAGE_TOKENS,
     all_finite,
-    decode_elements,
+    decode_page,
     encode_page,
     finite_mean,
     gain,
@@ -126,7 +126,9 @@ def _launch(tensors: list, start: Tensor | None, tables: Sequence[Tensor] | None
         arguments.update(zip(_NAMES[index], values, strict=True))
     batch, heads, count, _ = tensors[0][3].shape
     programs = batch * heads
-    warps = min(8, max(4, max(fmt.head_dim for *_, fmt in tensors) // 32))
+    # float32 takes twice the registers.
+    exact = tensors[0][3].dtype == torch.float32
+    warps = min(8, max(4, max(fmt.head_dim for *_, fmt in tensors) // (16 if exact else 32)))
 
     def launch(chunks: int, prepare: bool, encode: bool, store: bool) -> None:
         kernel[(programs, chunks, len(tensors))](
@@ -187,18 +189,9 @@ def _rotated(dense, new, new_row, new_column, length, first, page, matrix, gain,
 @triton.jit
 def _restore_page(page, dense, row, levels, matrix, gain, fmt: tl.constexpr):
     """Decode a page into the rows of `dense` from `row` on."""
-    D: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
-    STEP: tl.constexpr = min(D, 32)
-    column = tl.arange(0, D)
-    x = tl.zeros([PAGE_TOKENS, D], tl.float32)
-    for e in range(0, D, STEP):
-        element = e + tl.arange(0, STEP)
-        y = decode_elements(page, dense, element, levels, fmt)
-        inside = (element < fmt.head_dim)[:, None] & (column < fmt.head_dim)[None, :]
-        m = tl.load(matrix + column[None, :] * fmt.head_dim + element[:, None], mask=inside, other=0.0)
-        x = tl.dot(y, m.to(tl.float32), x, input_precision="tf32x3")
+    column = tl.arange(0, triton.next_power_of_2(fmt.head_dim))
     rows = (row + tl.arange(0, PAGE_TOKENS))[:, None] * fmt.head_dim
-    x = (x * gain).to(dense.dtype.element_ty)
+    x = decode_page(page, dense, levels, matrix, gain, fmt).to(dense.dtype.element_ty)
     tl.store(dense + rows + column[None, :], x, mask=(column < fmt.head_dim)[None, :])
 
 

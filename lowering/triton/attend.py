@@ -20,10 +20,12 @@ from tqc.lowering.triton.page import (
     column_element,
     levels_tile,
     page_base,
+    power_of_two,
+    scale_parts,
     tile_format,
     token_scales,
 )
-from tqc.lowering.triton.tile import LOG2E, capped, dot, masked, opaque, rotated, softmax_step, unrotated
+from tqc.lowering.triton.tile import LOG2E, capped, dot, dot_by_parts, masked, opaque, rotated, softmax_step, unrotated
 
 
 @triton.jit
@@ -45,12 +47,34 @@ def _stored(k_state, v_state, lengths, start, b, fmt: tl.constexpr):
 
 
 @triton.jit
-def _page_address(pages, index, b, h, table, table_step, strides, BLOCK_PAGES: tl.constexpr):
-    """Pointers to pages `index` of one head. strides: bytes from one batch row, head and page to the next."""
+def _page_at(index, last, b, table, table_step, stride, BLOCK_PAGES: tl.constexpr):
+    """Where pages `index` of a head begin, none behind `last`, in units of 16 bytes. stride: from page to page."""
+    index = tl.minimum(index, last)
     if table is not None:
         block = tl.load(table + b * table_step + index // BLOCK_PAGES).to(tl.int64)
         index = block * BLOCK_PAGES + index % BLOCK_PAGES
-    return pages + b * strides[0] + h * strides[1] + index * strides[2]
+    return index * stride
+
+
+@triton.jit
+def _rows(begin, heads, group, rows, ROWS: tl.constexpr):
+    """Position and query head of each row of a block, and whether there is such a row."""
+    row = begin + tl.arange(0, ROWS)
+    return row // group, (tl.program_id(1) % heads) * group + row % group, row < rows * group
+
+
+@triton.jit
+def _q_address(query, strides, b, q_head, i):
+    return query + b * strides[0] + q_head.to(tl.int64) * strides[1] + i.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def _mask_row(mask, strides, b, q_head, i):
+    """Pointers to each row's first column of the mask, and the step from column to column."""
+    if mask is not None:
+        return mask + b * strides[0] + q_head.to(tl.int64) * strides[1] + i.to(tl.int64) * strides[2], strides[3]
+    else:
+        return None, 0
 
 
 @triton.jit
@@ -133,31 +157,29 @@ def attend_kernel(
     v_page_strides = (v_page_batch, v_page_head, v_page_step)
     key_strides = (key_batch, key_head, key_row)
     value_strides = (value_batch, value_head, value_row)
+    mask_strides = (mask_batch, mask_head, mask_row_step, mask_step)
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
     K_WIDTH: tl.constexpr = triton.next_power_of_2(k_fmt.head_dim)
     V_WIDTH: tl.constexpr = triton.next_power_of_2(v_fmt.head_dim)
     V_COLUMNS: tl.constexpr = v_fmt.columns
     PAGES: tl.constexpr = TILE // PAGE
+    # In float32 an operand takes up to four times the registers.
+    PARTS: tl.constexpr = max(k_fmt.columns // 32, 1) if EXACT else 1
+    DENSE_PARTS: tl.constexpr = max(K_WIDTH // 32, 1) if EXACT else 1
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     share = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_valid = row < rows * group
-    i = row // group
-    q_head = (h * group + row % group).to(tl.int64)
-    q_address = query + b * q_strides[0] + q_head * q_strides[1] + i.to(tl.int64) * q_strides[2]
-    mask_row = None
-    if mask is not None:
-        mask_row = mask + b * mask_batch + q_head * mask_head + i.to(tl.int64) * mask_row_step
+    i, q_head, row_valid = _rows(tl.program_id(0) * ROWS, heads, group, rows, ROWS)
+    mask_row, mask_step = _mask_row(mask, mask_strides, b, q_head, i)
 
     stored, packed, first, agree = _stored(k_state, v_state, lengths, start, b, k_fmt)
     hidden = 0
     if padding is not None:
         hidden = tl.load(padding + b)
-    last = first + i + (new - rows)  # the last column that a causal row sees
+    last = i + (new - rows)  # the last column that a causal row sees, counted from `first`
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, V_WIDTH), tl.float32)
+    acc = tl.zeros((V_WIDTH, ROWS), tl.float32)
 
     # The packed tokens.
     coded = tl.maximum(tl.minimum(packed, stored - k_fmt.sink_tokens), 0).to(tl.int32)
@@ -166,6 +188,7 @@ def attend_kernel(
     tile_first = share * each
     tile_end = tl.minimum(tile_first + each, tiles)
     if tile_first < tile_end:
+        q_address = _q_address(query, q_strides, b, q_head, i)
         q, factor, energy = rotated(q_address, row_valid, k_rotation, k_fmt, EXACT)
         factor *= scale * LOG2E
         half_variance = energy * (0.5 * k_fmt.score_variance * LOG2E * scale * scale)
@@ -176,59 +199,81 @@ def attend_kernel(
         bias = tl.zeros((ROWS,), tl.float32)
         if k_fmt.centred:
             centre = tl.load(k_head + k_element, mask=k_exists, other=0).to(tl.float32)
-            bias = tl.sum(q.to(tl.float32) * centre[None, :], axis=1)
-        summed = tl.zeros((ROWS, V_COLUMNS), tl.float32)
-        # Sums of weights, one for each place in a tile: rows are added up once, behind the loop.
-        sums = tl.zeros((ROWS, TILE), tl.float32)
+            bias = tl.sum(q.to(tl.float32) * centre[:, None], axis=0)
+        summed = tl.zeros((V_COLUMNS, ROWS), tl.float32)
+        # Sums of weights over the places in a tile that one lane holds: lanes are added up once, behind the loop.
+        PLACES: tl.constexpr = min(TILE, 64)
+        sums = tl.zeros((PLACES, ROWS), tl.float32)
         last_page = (coded - 1) // PAGE
-        page_of = tl.arange(0, PAGES)
         place = tl.arange(0, TILE)
         in_page = place % PAGE
+        of_token = place // PAGE
+        of_tile = tl.arange(0, PAGES)
+        k_of_head = k_pages + b * k_page_strides[0] + h * k_page_strides[1]
+        v_of_head = v_pages + b * v_page_strides[0] + h * v_page_strides[1]
+        k_step = k_page_strides[2]
+        v_step = v_page_strides[2]
+        # Scales are fetched a tile ahead by hand: single bytes are no part of Triton's pipeline.
+        page = tile_first * PAGES
+        at = _page_at(page + of_token, last_page, b, table, table_step, k_step, BLOCK_PAGES)
+        k_code, k_base = scale_parts(k_of_head, at, in_page)
+        at = _page_at(page + of_token, last_page, b, table, table_step, v_step, BLOCK_PAGES)
+        v_code, v_base = scale_parts(v_of_head, at, in_page)
+        v_bases = page_base(v_of_head, _page_at(page + of_tile, last_page, b, table, table_step, v_step, BLOCK_PAGES))
         for tile in range(tile_first, tile_end):
-            index = tl.minimum(page_of + tile * PAGES, last_page)
-            index_of = tl.minimum(place // PAGE + tile * PAGES, last_page)
+            page = tile * PAGES
             inside = place < coded - tile * TILE
-            pages = _page_address(k_pages, index, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
-            page = _page_address(k_pages, index_of, b, h, table, table_step, k_page_strides, BLOCK_PAGES)
-            scales = token_scales(pages, page_base(pages))
-            levels = levels_tile(page, in_page, k_levels, k_fmt, EXACT)
-            scores = dot(q, levels.T) * scales[None, :]
+            scales = token_scales(k_code, k_base)
+            at = _page_at(page + PAGES + of_token, last_page, b, table, table_step, k_step, BLOCK_PAGES)
+            k_code, k_base = scale_parts(k_of_head, at, in_page)
+            at = _page_at(page + of_token, last_page, b, table, table_step, k_step, BLOCK_PAGES)
+            levels = levels_tile(k_of_head, at, in_page, k_levels, k_fmt, EXACT)
+            scores = dot_by_parts(levels, q, PARTS) * scales[:, None]
             if k_fmt.centred:
-                of_page = dot(q, centre_codes(pages, k_fmt).to(q.dtype).T) * centre_unit(pages)[None, :] + bias[:, None]
-                of_page = tl.broadcast_to(of_page[:, :, None], (ROWS, PAGES, PAGE))
-                scores += of_page.reshape(ROWS, TILE)
-            scores = scores * factor[:, None] + half_variance[:, None] * (scales * scales)[None, :]
+                pages_at = _page_at(page + of_tile, last_page, b, table, table_step, k_step, BLOCK_PAGES)
+                of_page = dot_by_parts(centre_codes(k_of_head, pages_at, k_fmt).to(q.dtype), q, PARTS)
+                of_page = of_page * centre_unit(k_of_head, pages_at)[:, None] + bias[None, :]
+                of_page = tl.broadcast_to(of_page[:, None, :], (PAGES, PAGE, ROWS))
+                scores += of_page.reshape(TILE, ROWS)
+            scores = scores * factor[None, :] + half_variance[None, :] * (scales * scales)[:, None]
             column = (place + (k_fmt.sink_tokens + tile * TILE)).to(tl.int64)
-            valid = inside[None, :]
+            valid = inside[:, None]
             if padding is not None:
-                valid = valid & (column >= hidden)[None, :]
+                valid = valid & (column >= hidden)[:, None]
             if CAUSAL == 2:
-                valid = valid & (column[None, :] <= last[:, None])
+                valid = valid & ((column - first).to(tl.int32)[:, None] <= last[None, :])
             scores = masked(capped(scores, softcap), mask_row, row_valid, column, valid, mask_step)
             weights, before, m = softmax_step(scores, m)
-            sums = sums * before[:, None] + weights
+            sums = sums * before[None, :] + tl.sum(weights.reshape(TILE // PLACES, PLACES, ROWS), axis=0)
 
-            pages = _page_address(v_pages, index, b, h, table, table_step, v_page_strides, BLOCK_PAGES)
-            page = _page_address(v_pages, index_of, b, h, table, table_step, v_page_strides, BLOCK_PAGES)
-            base = page_base(pages)
             unit = 1.0
-            if not EXACT:  # scales of at most 1, so that the weights fit float16
-                unit = tl.max(base, axis=0)
-                base *= tl.where(unit > 0, 1.0 / unit, 0.0)
-            scales = tl.where(inside, token_scales(pages, base), 0.0)
-            levels = levels_tile(page, in_page, v_levels, v_fmt, EXACT)
+            if not EXACT:  # scales of at most 2, so that the weights fit float16
+                unit, inverse = power_of_two(tl.max(v_bases, axis=0))
+                v_base *= inverse
+            scales = tl.where(inside, token_scales(v_code, v_base), 0.0)
+            at = _page_at(page + PAGES + of_token, last_page, b, table, table_step, v_step, BLOCK_PAGES)
+            v_code, v_base = scale_parts(v_of_head, at, in_page)
+            pages_at = _page_at(page + PAGES + of_tile, last_page, b, table, table_step, v_step, BLOCK_PAGES)
+            v_bases = page_base(v_of_head, pages_at)
+            at = _page_at(page + of_token, last_page, b, table, table_step, v_step, BLOCK_PAGES)
+            levels = levels_tile(v_of_head, at, in_page, v_levels, v_fmt, EXACT)
             if OPAQUE and not EXACT:
                 levels = opaque(levels)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
-            of_tile = dot((weights * scales[None, :]).to(levels.dtype), levels) * unit
+            part = dot(levels.T, (weights * scales[:, None]).to(levels.dtype)) * unit
             if v_fmt.centred:
-                codes = centre_codes(page, v_fmt).to(tl.float32) * centre_unit(page)[:, None]
+                codes = centre_codes(v_of_head, at, v_fmt).to(tl.float32) * centre_unit(v_of_head, at)[:, None]
                 centre = tl.load(v_head + v_element, mask=v_exists, other=0).to(tl.float32)
                 centres = tl.where(inside[:, None], codes + centre[None, :], 0.0).to(query.dtype.element_ty)
-                of_tile += dot(weights.to(query.dtype.element_ty), centres)
-            summed = summed * before[:, None] + of_tile
-        total = tl.sum(sums, axis=1)
-        acc = unrotated(tl.where(v_exists[None, :], summed, 0.0), v_rotation, v_fmt, V_WIDTH, EXACT)
+                part += dot(centres.T, weights.to(query.dtype.element_ty))
+            summed = summed * before[None, :] + part
+        total = tl.sum(sums, axis=0)
+        acc = unrotated(tl.where(v_exists[:, None], summed, 0.0), v_rotation, v_fmt, V_WIDTH, EXACT)
+
+    # Computed anew, by way of a zero that compilers do not see: what is kept over the loop costs registers.
+    i, q_head, row_valid = _rows(tl.program_id(0) * ROWS + tl.minimum(heads * group, 0), heads, group, rows, ROWS)
+    mask_row, mask_step = _mask_row(mask, mask_strides, b, q_head, i)
+    last = i + (new - rows)
 
     # Columns that stand for keys and values of zeros: a gap before the new tokens, and what the mask has behind them.
     for part in tl.static_range(2):
@@ -239,20 +284,21 @@ def attend_kernel(
         zero_end = tl.minimum(zero_first + each_zero, zero_end)
         for zero in range(zero_first, zero_end, TILE):
             column = (zero + tl.arange(0, TILE)).to(tl.int64)
-            valid = (column < zero_end)[None, :]
+            valid = (column < zero_end)[:, None]
             if CAUSAL:
-                valid = valid & (column[None, :] <= last[:, None])
-            scores = masked(tl.zeros((ROWS, TILE), tl.float32), mask_row, row_valid, column, valid, mask_step)
+                valid = valid & ((column - first).to(tl.int32)[:, None] <= last[None, :])
+            scores = masked(tl.zeros((TILE, ROWS), tl.float32), mask_row, row_valid, column, valid, mask_step)
             weights, before, m = softmax_step(scores, m)
-            total = total * before + tl.sum(weights, axis=1)
-            acc *= before[:, None]
+            total = total * before + tl.sum(weights, axis=0)
+            acc *= before[None, :]
 
     if share == SHARES - 1:
         d_k = tl.arange(0, K_WIDTH)
         d_v = tl.arange(0, V_WIDTH)
-        k_inside = (d_k < k_fmt.head_dim)[None, :]
-        v_inside = (d_v < v_fmt.head_dim)[None, :]
-        q = tl.load(q_address[:, None] + d_k[None, :], mask=row_valid[:, None] & k_inside, other=0)
+        k_inside = d_k < k_fmt.head_dim
+        v_inside = d_v < v_fmt.head_dim
+        q_address = _q_address(query, q_strides, b, q_head, i)
+        q = tl.load(q_address[None, :] + d_k[:, None], mask=row_valid[None, :] & k_inside[:, None], other=0)
         # The slots: first tokens and the ring of recent ones, in the order in which they lie.
         k_slots = k_dense + (b * heads + h) * (k_fmt.dense_rows * k_fmt.head_dim) + k_fmt.head_dim
         v_slots = v_dense + (b * heads + h) * (v_fmt.dense_rows * v_fmt.head_dim) + v_fmt.head_dim
@@ -263,17 +309,19 @@ def attend_kernel(
             recent = k_fmt.sink_tokens + packed + tl.where(behind < 0, behind + WINDOW, behind)
             column = tl.where(slot < k_fmt.sink_tokens, slot, recent).to(tl.int64)
             inside = (column < stored) & (slot < k_fmt.sink_tokens + WINDOW)
-            keys = tl.load(k_slots + slot[:, None] * k_fmt.head_dim + d_k[None, :], inside[:, None] & k_inside, other=0)
-            valid = (inside & (column >= hidden))[None, :]
-            if CAUSAL == 2:
-                valid = valid & (column[None, :] <= last[:, None])
-            scores = capped(dot(q, keys.T) * (scale * LOG2E), softcap)
-            weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
-            total = total * before + tl.sum(weights, axis=1)
-            values = tl.load(
-                v_slots + slot[:, None] * v_fmt.head_dim + d_v[None, :], inside[:, None] & v_inside, other=0
+            keys = tl.load(
+                k_slots + slot[:, None] * k_fmt.head_dim + d_k[None, :], inside[:, None] & k_inside[None, :], other=0
             )
-            acc = acc * before[:, None] + dot(weights.to(values.dtype), values)
+            valid = (inside & (column >= hidden))[:, None]
+            if CAUSAL == 2:
+                valid = valid & ((column - first).to(tl.int32)[:, None] <= last[None, :])
+            scores = capped(dot_by_parts(keys, q, DENSE_PARTS) * (scale * LOG2E), softcap)
+            weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
+            total = total * before + tl.sum(weights, axis=0)
+            values = tl.load(
+                v_slots + slot[:, None] * v_fmt.head_dim + d_v[None, :], inside[:, None] & v_inside[None, :], other=0
+            )
+            acc = acc * before[None, :] + dot(values.T, weights.to(values.dtype))
 
         if key is not None:
             keys_of = key + b * key_strides[0] + h * key_strides[1]
@@ -285,35 +333,37 @@ def attend_kernel(
                 j = at + tl.arange(0, DENSE_TILE)
                 inside = j < new
                 address = j.to(tl.int64)[:, None]
-                keys = tl.load(keys_of + address * key_strides[2] + d_k[None, :], inside[:, None] & k_inside, other=0)
-                column = first + j
-                valid = (inside & (column >= hidden))[None, :]
-                if CAUSAL:
-                    valid = valid & (column[None, :] <= last[:, None])
-                scores = capped(dot(q, keys.T) * (scale * LOG2E), softcap)
-                weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
-                total = total * before + tl.sum(weights, axis=1)
-                values = tl.load(
-                    values_of + address * value_strides[2] + d_v[None, :], inside[:, None] & v_inside, other=0
+                keys = tl.load(
+                    keys_of + address * key_strides[2] + d_k[None, :], inside[:, None] & k_inside[None, :], other=0
                 )
-                acc = acc * before[:, None] + dot(weights.to(values.dtype), values)
+                column = first + j
+                valid = (inside & (column >= hidden))[:, None]
+                if CAUSAL:
+                    valid = valid & ((column - first).to(tl.int32)[:, None] <= last[None, :])
+                scores = capped(dot_by_parts(keys, q, DENSE_PARTS) * (scale * LOG2E), softcap)
+                weights, before, m = softmax_step(masked(scores, mask_row, row_valid, column, valid, mask_step), m)
+                total = total * before + tl.sum(weights, axis=0)
+                values = tl.load(
+                    values_of + address * value_strides[2] + d_v[None, :], inside[:, None] & v_inside[None, :], other=0
+                )
+                acc = acc * before[None, :] + dot(values.T, weights.to(values.dtype))
 
         if sinks is not None:
             sink = tl.load(sinks + q_head, mask=row_valid, other=0).to(tl.float32) * LOG2E
-            weights, before, m = softmax_step(sink[:, None], m)
-            total = total * before + tl.sum(weights, axis=1)
-            acc *= before[:, None]
+            weights, before, m = softmax_step(sink[None, :], m)
+            total = total * before + tl.sum(weights, axis=0)
+            acc *= before[None, :]
 
     total = tl.where(agree, total, float("nan"))
-    acc = tl.where(total > 0, 1.0 / total, tl.where(total == 0, 0.0, total))[:, None] * acc
+    acc = tl.where(total > 0, 1.0 / total, tl.where(total == 0, 0.0, total))[None, :] * acc
     batch = tl.num_programs(1) // heads
     q_heads = heads * group
     target = ((share * batch + b) * rows + i) * q_heads + q_head
     d = tl.arange(0, V_WIDTH)
     tl.store(
-        out + target[:, None] * v_fmt.head_dim + d[None, :],
+        out + target[None, :] * v_fmt.head_dim + d[:, None],
         acc.to(out.dtype.element_ty),
-        mask=row_valid[:, None] & (d < v_fmt.head_dim)[None, :],
+        mask=row_valid[None, :] & (d < v_fmt.head_dim)[:, None],
     )
     log = m + tl.log2(total)
     if SHARES == 1:

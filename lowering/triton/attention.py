@@ -45,8 +45,8 @@ def attend(
     storage = dict(
         k_pages=k_pages,
         v_pages=v_pages,
-        **_strides("k_page", k_pages.stride(), "step"),
-        **_strides("v_page", v_pages.stride(), "step"),
+        **_strides("k_page", (*k_pages.stride()[:2], k_pages.stride(2) // 16), "step"),
+        **_strides("v_page", (*v_pages.stride()[:2], v_pages.stride(2) // 16), "step"),
         k_dense=k_dense.contiguous(),
         v_dense=v_dense.contiguous(),
         k_state=k_state,
@@ -109,8 +109,8 @@ def attend_paged(
     storage = dict(
         k_pages=k_pool,
         v_pages=v_pool,
-        **_strides("k_page", (0, k_pool.stride(1), k_pool.stride(0)), "step"),
-        **_strides("v_page", (0, v_pool.stride(1), v_pool.stride(0)), "step"),
+        **_strides("k_page", (0, k_pool.stride(1), k_pool.stride(0) // 16), "step"),
+        **_strides("v_page", (0, v_pool.stride(1), v_pool.stride(0) // 16), "step"),
         k_dense=k_dense.contiguous(),
         v_dense=v_dense.contiguous(),
         k_state=None,

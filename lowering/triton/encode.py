@@ -187,7 +187,23 @@ def encode_page(page, y, centre, levels, boundaries, search, fmt: tl.constexpr):
 
 
 @triton.jit
-def decode_elements(page, centre, element, levels, fmt: tl.constexpr):
+def decode_page(page, centre, levels, matrix, gain, fmt: tl.constexpr):
+    """The 32 tokens of a page, float32 [32, D]. matrix, gain: of `rotation`; centre: pointer to the head's."""
+    D: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
+    STEP: tl.constexpr = min(D, 32)
+    column = tl.arange(0, D)
+    x = tl.zeros([PAGE_TOKENS, D], tl.float32)
+    for e in range(0, D, STEP):
+        element = e + tl.arange(0, STEP)
+        y = _decode_elements(page, centre, element, levels, fmt)
+        inside = (element < fmt.head_dim)[:, None] & (column < fmt.head_dim)[None, :]
+        m = tl.load(matrix + column[None, :] * fmt.head_dim + element[:, None], mask=inside, other=0.0)
+        x = tl.dot(y, m.to(tl.float32), x, input_precision="tf32x3")
+    return x * gain
+
+
+@triton.jit
+def _decode_elements(page, centre, element, levels, fmt: tl.constexpr):
     """Elements `element` [E] of a page's 32 tokens, rotated, float32 [32, E]: a plain way, for a page now and then."""
     token = tl.arange(0, PAGE_TOKENS)
     inside = element < fmt.head_dim

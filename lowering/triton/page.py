@@ -77,12 +77,12 @@ class TileFormat(PackedFormat):
 
     @cached_property
     def level_table(self) -> tuple[int | float, ...]:
-        """Words of a byte table (low bytes of 16 float16 levels, then high ones), or coefficients for wide codes."""
+        """Words of a byte table (low bytes of 8 float16 levels, then high ones), or coefficients for wide codes."""
         with no_modes():  # torch compiles kernels while it traces
             levels = self.levels().double().numpy()
         if self.bits <= PERMUTED_BITS.value:
-            # Repeated up to 16: the upper bits of narrow codes are zeros.
-            halves = np.resize(levels, 16).astype(np.float16).view(np.uint16)
+            # Of 16 levels the negative half, from 0 on; fewer are repeated, the upper bits of their codes being zeros.
+            halves = np.resize(-levels[-8:] if self.bits == 4 else levels, 8).astype(np.float16).view(np.uint16)
             parts = [(halves & 255).astype(np.uint8), (halves >> 8).astype(np.uint8)]
             return tuple(int(word) for part in parts for word in part.view(np.int32))
         offset, count = _POLYNOMIAL[self.bits]
@@ -133,13 +133,15 @@ def column_element(fmt: tl.constexpr):
 
 @triton.jit
 def prmt(a, b, selector):
-    """PTX `prmt.b32`: each nibble of the low half of `selector`, 0 to 7, picks a byte of a (0 to 3) or b."""
+    """PTX `prmt.b32`: each nibble of the low half of `selector` picks a byte of a (0 to 3) or b (4 to 7); from 8 on
+    eight copies of the topmost bit of byte nibble - 8."""
     if INTERPRET:
         result = a & 0
         for i in tl.static_range(4):
-            index = (selector >> (4 * i)) & 7
-            source = tl.where(index < 4, a, b)
-            result |= ((source >> (8 * (index & 3))) & 255) << (8 * i)
+            index = (selector >> (4 * i)) & 15
+            source = tl.where(index & 4 == 0, a, b) >> (8 * (index & 3))
+            source = tl.where(index < 8, source, 0 - ((source >> 7) & 1))
+            result |= (source & 255) << (8 * i)
         return result
     else:
         return tl.inline_asm_elementwise(
@@ -155,6 +157,22 @@ def log2_approx(x):
     else:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _minus(x, CONSTANT: tl.constexpr):
+    """x - CONSTANT in float16, two numbers at a time, which the compiler does not find."""
+    if INTERPRET:
+        return x - CONSTANT
+    else:
+        return tl.inline_asm_elementwise(
+            "sub.rn.f16x2 $0, $1, $2;",
+            "=r,r,r",
+            [x, tl.full(x.shape, CONSTANT, tl.float16)],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
         )
 
 
@@ -183,34 +201,39 @@ def _halves(words):
 
 
 @triton.jit
-def _plane(page, row, fmt: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
+def _plane(pages, at, row, fmt: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
     """Words of a plane's rows, int32 [tokens, words]: the PART-th piece of as many bytes as the narrowest plane has."""
     WORDS: tl.constexpr = fmt.row_words
     BYTES: tl.constexpr = fmt.row_bytes
     OFFSET: tl.constexpr = fmt.plane_offset[WIDTH] + PART * BYTES
-    start = page + OFFSET + row * (fmt.head_dim * WIDTH // 8)
+    ROW: tl.constexpr = fmt.head_dim * WIDTH // 8
     word = tl.arange(0, WORDS)[None, :]
     if BYTES % 4 == 0:
-        address = start.to(tl.pointer_type(tl.int32))[:, None] + word
+        address = pages.to(tl.pointer_type(tl.int32)) + ((at * 4 + (row * (ROW // 4) + OFFSET // 4))[:, None] + word)
         if BYTES == 4 * WORDS:
             return tl.load(address)
         else:
             return tl.load(address, mask=word < BYTES // 4, other=0)
     else:
-        address = start[:, None] + 4 * word
-        result = tl.zeros((page.shape[0], WORDS), tl.int32)
-        for i in tl.static_range(4):
-            result |= tl.load(address + i, mask=4 * word + i < BYTES, other=0).to(tl.int32) << (8 * i)
+        # Rows that are no whole words, as of 80 elements in a plane of width 1: by 2 bytes where that divides them.
+        UNIT: tl.constexpr = 2 if BYTES % 2 == 0 else 1
+        address = pages + ((at * 16 + (row * ROW + OFFSET))[:, None] + 4 * word)
+        if UNIT == 2:
+            address = address.to(tl.pointer_type(tl.uint16))
+        result = tl.zeros((at.shape[0], WORDS), tl.int32)
+        for i in tl.static_range(4 // UNIT):
+            part = tl.load(address + i, mask=4 * word + i * UNIT < BYTES, other=0).to(tl.int32)
+            result |= part << (8 * UNIT * i)
         return result
 
 
 @triton.jit
-def _nibbles(page, row, fmt: tl.constexpr, S: tl.constexpr):
+def _nibbles(pages, at, row, fmt: tl.constexpr, S: tl.constexpr):
     """Eight codes to a word, [tokens, words]: nibble 2 i is field S of byte i, nibble 2 i + 1 field S + fields / 2."""
     LOW: tl.constexpr = fmt.narrowest
-    result = (_plane(page, row, fmt, LOW, 0) >> (S * LOW)) & mask_word(LOW, 4)
+    result = (_plane(pages, at, row, fmt, LOW, 0) >> (S * LOW)) & mask_word(LOW, 4)
     if fmt.bits == 3:
-        wide = _plane(page, row, fmt, 2, S % 2) >> (2 * (S // 2))
+        wide = _plane(pages, at, row, fmt, 2, S % 2) >> (2 * (S // 2))
         result = (wide & mask_word(2, 4)) | (result << 2)
     return result
 
@@ -220,99 +243,140 @@ def _word(like, VALUE: tl.constexpr):
     return tl.full(like.shape, VALUE, tl.int32)
 
 
+@triton.constexpr_function
+def _of_lane(value: int) -> str:
+    """PTX that makes `value` from the mask of the lanes before this one, which never holds the last one."""
+    return (
+        f"{{ .reg .b32 lane; mov.u32 lane, %lanemask_lt; and.b32 lane, lane, 0x80000000; xor.b32 $0, lane, {value}; }}"
+    )
+
+
 @triton.jit
-def _look_up(nibbles, fmt: tl.constexpr):
-    """Float16 levels of the four codes in the low half of `nibbles`, as pairs: of nibbles 0 and 2, and of 1 and 3."""
-    TABLE: tl.constexpr = fmt.level_table
+def _register(like, VALUE: tl.constexpr):
+    """A constant of the shape of `like`, as the compiler cannot know it to be one: constants live in uniform registers,
+    from which a permute cannot read, so that every use would cost a move."""
+    if INTERPRET:
+        return tl.full(like.shape, VALUE, tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            _of_lane(VALUE),
+            "=r,r",
+            [like],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _pairs(low, high):
+    """Four numbers from their low and high bytes, as pairs: the first and third, the second and fourth."""
+    return prmt(low, high, _word(low, 0x6240)), prmt(low, high, _word(low, 0x7351))
+
+
+@triton.jit
+def _look_up(index, fmt: tl.constexpr):
+    """Low and high bytes of the float16 entries that the four nibbles in the low half of `index` name."""
+    WORDS: tl.constexpr = fmt.level_table
+    low = prmt(_register(index, WORDS[0]), _word(index, WORDS[1]), index)
+    return low, prmt(_register(index, WORDS[2]), _word(index, WORDS[3]), index)
+
+
+@triton.jit
+def _signed(high, nibbles):
+    """High bytes of numbers whose sign bits are to be the inverse of bit 3 of the nibbles in the low half."""
+    # Bytes of 128, or of 255 where the bit is set: the bit in question is bit 6.
+    bit = prmt(_register(nibbles, -0x7F7F7F80), _word(nibbles, -0x7F7F7F80), nibbles) << 1
+    return high ^ (bit & -0x7F7F7F80)
+
+
+@triton.jit
+def _level_pairs(pages, at, row, fmt: tl.constexpr, S: tl.constexpr):
+    """Pairs of float16 levels, int32 [tokens, 2 words]: those of field S and those of field S + fields / 2."""
+    nibbles = _nibbles(pages, at, row, fmt, S)
     index = nibbles
     if fmt.bits == 4:
-        index = nibbles & 0x7777
-    low = prmt(_word(nibbles, TABLE[0]), _word(nibbles, TABLE[1]), index)
-    high = prmt(_word(nibbles, TABLE[4]), _word(nibbles, TABLE[5]), index)
+        # Codes 7 to 0 are the entries 0 to 7, codes 8 to 15 the same with a plus.
+        positive = ((nibbles >> 3) & 0x11111111) * 15
+        index = ~(nibbles ^ positive) & 0x77777777
+    low, high = _look_up(index, fmt)
+    low_2, high_2 = _look_up(index >> 16, fmt)
     if fmt.bits == 4:
-        # Bit 3 chooses between the halves of the table, byte by byte.
-        half = ((nibbles >> 1) & 0x4444) | 0x3210
-        low = prmt(low, prmt(_word(nibbles, TABLE[2]), _word(nibbles, TABLE[3]), index), half)
-        high = prmt(high, prmt(_word(nibbles, TABLE[6]), _word(nibbles, TABLE[7]), index), half)
-    return prmt(low, high, _word(nibbles, 0x6240)), prmt(low, high, _word(nibbles, 0x7351))
+        high = _signed(high, nibbles)
+        high_2 = _signed(high_2, nibbles >> 16)
+    first, second = _pairs(low, high)
+    first_2, second_2 = _pairs(low_2, high_2)
+    return interleave(first, first_2), interleave(second, second_2)
 
 
 @triton.jit
-def _level_pairs(page, row, fmt: tl.constexpr, S: tl.constexpr):
-    """Pairs of float16 levels, int32 [tokens, 2 words]: those of field S and those of field S + fields / 2."""
-    nibbles = _nibbles(page, row, fmt, S)
-    first_low, second_low = _look_up(nibbles, fmt)
-    first_high, second_high = _look_up(nibbles >> 16, fmt)
-    return interleave(first_low, first_high), interleave(second_low, second_high)
-
-
-@triton.jit
-def _permuted_tile(page, row, fmt: tl.constexpr):
-    a, b = _level_pairs(page, row, fmt, 0)
+def _permuted_tile(pages, at, row, fmt: tl.constexpr):
+    a, b = _level_pairs(pages, at, row, fmt, 0)
     if fmt.bits != 4:
-        a1, b1 = _level_pairs(page, row, fmt, 1)
+        a1, b1 = _level_pairs(pages, at, row, fmt, 1)
         a = beside(a, a1)
         b = beside(b, b1)
     if fmt.bits % 2 == 1:
-        a2, b2 = _level_pairs(page, row, fmt, 2)
-        a3, b3 = _level_pairs(page, row, fmt, 3)
+        a2, b2 = _level_pairs(pages, at, row, fmt, 2)
+        a3, b3 = _level_pairs(pages, at, row, fmt, 3)
         a = beside(a, beside(a2, a3))
         b = beside(b, beside(b2, b3))
     return _halves(beside(a, b))
 
 
 @triton.jit
-def _field_codes(page, row, fmt: tl.constexpr, FIELD: tl.constexpr):
+def _field_codes(pages, at, row, fmt: tl.constexpr, FIELD: tl.constexpr):
     """Codes of one field, four to a word, int32 [tokens, words]."""
     LOW: tl.constexpr = fmt.narrowest
-    result = _plane(page, row, fmt, LOW, 0)
+    result = _plane(pages, at, row, fmt, LOW, 0)
     if LOW < 8:
         result = ((result >> (FIELD * LOW)) & mask_word(LOW, 8)) << (fmt.bits - LOW)
     if fmt.bits & (2 * LOW) and LOW < 4:
-        wide = _plane(page, row, fmt, 2 * LOW, FIELD % 2) >> (2 * LOW * (FIELD // 2))
+        wide = _plane(pages, at, row, fmt, 2 * LOW, FIELD % 2) >> (2 * LOW * (FIELD // 2))
         result |= (wide & mask_word(2 * LOW, 8)) << fmt.plane_shift[2 * LOW]
     if fmt.bits & (4 * LOW) and LOW < 2:
-        wide = _plane(page, row, fmt, 4 * LOW, FIELD % 4) >> (4 * LOW * (FIELD // 4))
+        wide = _plane(pages, at, row, fmt, 4 * LOW, FIELD % 4) >> (4 * LOW * (FIELD // 4))
         result |= (wide & mask_word(4 * LOW, 8)) << fmt.plane_shift[4 * LOW]
     return result
 
 
 @triton.jit
-def codes_tile(page, row, fmt: tl.constexpr):
+def codes_tile(pages, at, row, fmt: tl.constexpr):
     """Codes, int32 [tokens, columns]. Arguments as of `levels_tile`."""
-    words = _field_codes(page, row, fmt, 0)
+    words = _field_codes(pages, at, row, fmt, 0)
     if fmt.narrowest <= 4:
-        words = beside(words, _field_codes(page, row, fmt, 1))
+        words = beside(words, _field_codes(pages, at, row, fmt, 1))
     if fmt.narrowest <= 2:
-        third = _field_codes(page, row, fmt, 2)
-        words = beside(words, beside(third, _field_codes(page, row, fmt, 3)))
+        third = _field_codes(pages, at, row, fmt, 2)
+        words = beside(words, beside(third, _field_codes(pages, at, row, fmt, 3)))
     if fmt.narrowest == 1:
-        fifth = _field_codes(page, row, fmt, 4)
-        seventh = _field_codes(page, row, fmt, 6)
-        upper = beside(seventh, _field_codes(page, row, fmt, 7))
-        words = beside(words, beside(beside(fifth, _field_codes(page, row, fmt, 5)), upper))
+        fifth = _field_codes(pages, at, row, fmt, 4)
+        seventh = _field_codes(pages, at, row, fmt, 6)
+        upper = beside(seventh, _field_codes(pages, at, row, fmt, 7))
+        words = beside(words, beside(beside(fifth, _field_codes(pages, at, row, fmt, 5)), upper))
     return _bytes(words) & 255
 
 
 @triton.jit
-def levels_tile(page, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
+def levels_tile(pages, at, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
     """Levels of a tile's codes, [tokens, columns], not yet times their tokens' scales; columns without an element hold
     anything finite.
 
     Args:
-        page: pointers to the page of each token, uint8 [tokens].
+        pages: pointer to the pages of a head, uint8.
+        at: where the page of each token begins, in units of 16 bytes, [tokens].
         row: place of each token in its page, [tokens].
         levels: pointer to the format's levels, float32, which EXACT alone reads.
         EXACT: float32 levels from memory, else float16 ones.
     """
     if EXACT:
-        return tl.load(levels + codes_tile(page, row, fmt))
+        return tl.load(levels + codes_tile(pages, at, row, fmt))
     elif fmt.bits <= PERMUTED_BITS:
-        return _permuted_tile(page, row, fmt)
+        return _permuted_tile(pages, at, row, fmt)
     else:
         COEFFICIENTS: tl.constexpr = fmt.level_table
         # The code is the last bits of a float32 that starts at 2**23: cheaper than a conversion.
-        code = (codes_tile(page, row, fmt) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        code = (codes_tile(pages, at, row, fmt) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
         centred = code - (2 ** (fmt.bits - 1) - 0.5)
         log = log2_approx(fmt.log_offset - tl.abs(centred))
         level = tl.full(log.shape, COEFFICIENTS[len(COEFFICIENTS) - 1], tl.float32)
@@ -322,46 +386,52 @@ def levels_tile(page, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def token_scales(page, base):
-    """Scale of each token of whole pages, float32 [32 n].
-
-    Args:
-        page: pointers to the pages, uint8 [n].
-        base: their largest scales, float32 [n].
-    """
-    words = page.to(tl.pointer_type(tl.int32))[:, None] + (tl.arange(0, PAGE // 4) + _SCALES_OFFSET // 4)[None, :]
-    code = (_bytes(tl.load(words)) & 255).to(tl.float32)
-    factor = tl.exp2(code * (-1.0 / _SCALE_STEPS))
-    factor = tl.where(code == _SCALE_ZERO, 0.0, tl.where(code == _SCALE_NAN, float("nan"), factor))
-    return (factor * base[:, None]).reshape(page.shape[0] * PAGE)
+def scale_parts(pages, at, row):
+    """What `token_scales` makes scales of: codes and the pages' largest scales. Arguments as of `levels_tile`."""
+    return tl.load(pages + (at * 16 + (row + _SCALES_OFFSET))), page_base(pages, at)
 
 
 @triton.jit
-def page_base(page):
-    """Largest scale of each page, float32 [n]. `page`: pointers [n]."""
-    return tl.load(page.to(tl.pointer_type(tl.float32)))
+def token_scales(code, base):
+    """Scale of each token, float32 [tokens]."""
+    factor = tl.exp2(code.to(tl.float32) * (-1.0 / _SCALE_STEPS))
+    return tl.where(code == _SCALE_ZERO, 0.0, tl.where(code == _SCALE_NAN, float("nan"), factor)) * base
 
 
 @triton.jit
-def centre_codes(page, fmt: tl.constexpr):
-    """Pages' centres in their units, float16 [n, columns], zeros in columns without an element. `page`: pointers."""
+def page_base(pages, at):
+    """Largest scale of each page, float32. Arguments as of `levels_tile`."""
+    return tl.load(pages.to(tl.pointer_type(tl.float32)) + at * 4)
+
+
+@triton.jit
+def centre_codes(pages, at, fmt: tl.constexpr):
+    """Pages' centres in their units, float16 [n, columns], zeros in columns without an element. `at`: of pages, [n]."""
     HALF: tl.constexpr = fmt.head_dim // 2
     if fmt.columns == fmt.head_dim:  # columns are in the natural order
-        word = tl.arange(0, HALF // 4)[None, :]
-        words = tl.load((page + fmt.centre_offset).to(tl.pointer_type(tl.int32))[:, None] + word)
+        word = (tl.arange(0, HALF // 4) + fmt.centre_offset // 4)[None, :]
+        words = tl.load(pages.to(tl.pointer_type(tl.int32)) + ((at * 4)[:, None] + word))
         nibbles = beside(words, words >> 4) & 0x0F0F0F0F
         # Bytes between those of 1024.0: no conversion from integers.
         k = _word(nibbles, 0x64646464)
         pairs = interleave(prmt(nibbles, k, _word(nibbles, 0x4140)), prmt(nibbles, k, _word(nibbles, 0x4342)))
-        return _halves(pairs) - (1024 + _CENTRE_ZERO)
+        return _minus(_halves(pairs), 1024 + _CENTRE_ZERO)
     else:
         element, valid = column_element(fmt)
-        byte = tl.load(page[:, None] + (fmt.centre_offset + element % HALF)[None, :]).to(tl.int32)
+        byte = tl.load(pages + ((at * 16)[:, None] + (fmt.centre_offset + element % HALF)[None, :])).to(tl.int32)
         nibble = (byte >> (element // HALF * 4)[None, :]) & 15
         return tl.where(valid[None, :], nibble - _CENTRE_ZERO, 0).to(tl.float16)
 
 
 @triton.jit
-def centre_unit(page):
-    """Unit of the page's centre, float32 [n]. `page`: pointers [n]."""
-    return tl.load((page + 4).to(tl.pointer_type(tl.float32)))
+def centre_unit(pages, at):
+    """Unit of each page's centre, float32. Arguments as of `levels_tile`."""
+    return tl.load(pages.to(tl.pointer_type(tl.float32)) + (at * 4 + 1))
+
+
+@triton.jit
+def power_of_two(x):
+    """The power of two that is at most float32 `x` >= 0 and at least half of it, and its inverse; at the ends of the
+    range the nearest one that has an inverse."""
+    exponent = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
+    return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)

@@ -12,19 +12,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from tqc.format import PackedFormat
-from tqc.lowering.triton.attention import rotation
-from tqc.lowering.triton.page import (
-    PAGE,
-    TileFormat,
-    centre_codes,
-    centre_unit,
-    column_element,
-    levels_tile,
-    page_base,
-    tile_format,
-    token_scales,
-)
-from tqc.lowering.triton.tile import unrotated
+from tqc.lowering.triton.encode import PAGE_TOKENS as PAGE
+from tqc.lowering.triton.encode import decode_page, packed_format, rotation
 
 
 @triton.jit
@@ -33,10 +22,10 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, spe
 
     Args:
         pages, dense, state: contiguous, as in `tqc.format`.
-        matrix: sqrt(head_dim) R, float32. levels: the format's, float32.
+        matrix: of `encode.rotation`, float32, whose gain is 1. levels: the format's, float32.
         out: [batch * heads, length, head_dim].
     """
-    fmt: tl.constexpr = tile_format(spec)
+    fmt: tl.constexpr = packed_format(spec)
     head = tl.program_id(1).to(tl.int64)
     WIDTH: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
     SINKS: tl.constexpr = fmt.sink_tokens
@@ -62,14 +51,8 @@ def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, spe
         source = rows + (1 + SINKS + behind % fmt.residual_window)[:, None] * fmt.head_dim + d[None, :]
         result = tl.load(source, mask=ring[:, None] & inside, other=0).to(tl.float32)
         if page_index * PAGE < coded:
-            page = pages + (head * num_pages + page_index) * fmt.page_bytes + tl.zeros((1,), tl.int64)
-            scales = token_scales(page, page_base(page))
-            y = levels_tile(tl.broadcast_to(page, (PAGE,)), place, levels, fmt, True) * scales[:, None]
-            element, exists = column_element(fmt)
-            if fmt.centred:
-                centre = tl.load(rows + element, mask=exists, other=0).to(tl.float32)
-                y += centre_codes(page, fmt).to(tl.float32) * centre_unit(page)[:, None] + centre[None, :]
-            decoded = unrotated(tl.where(exists[None, :], y, 0.0), matrix, fmt, WIDTH, True)
+            page = pages + (head * num_pages + page_index) * fmt.page_bytes
+            decoded = decode_page(page, rows, levels, matrix, 1.0, fmt)
             result = tl.where((behind < coded)[:, None], decoded, result)
         token = (behind + SINKS)[:, None]
         tl.store(target + token * fmt.head_dim, result.to(out.dtype.element_ty), mask=(token < length) & inside)
@@ -79,7 +62,7 @@ def read(
     pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str, tables: Sequence[Tensor] | None = None
 ) -> Tensor:
     """As `tqc.ops.read`; `tables`, those of `read_tables`, are given where torch shall see the launch."""
-    fmt = TileFormat.of(PackedFormat.parse(spec))
+    fmt = PackedFormat.parse(spec)
     batch, heads = dense.shape[:2]
     out = torch.empty(batch, heads, length, fmt.head_dim, dtype=dense.dtype, device=dense.device)
     if out.numel() == 0:
@@ -87,9 +70,9 @@ def read(
     grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE.value), batch * heads)
     kernel = read_kernel if tables is None else wrap_triton(read_kernel)
     matrix, levels = tables or read_tables(spec, dense.device)
-    kernel[grid](
-        pages.contiguous(), dense.contiguous(), state, matrix, levels, out, length, pages.shape[2], spec, num_warps=4
-    )
+    pages, dense = pages.contiguous(), dense.contiguous()
+    warps = 8 if fmt.head_dim > 128 else 4
+    kernel[grid](pages, dense, state, matrix, levels, out, length, pages.shape[2], spec, num_warps=warps)
     return out
 
 
@@ -97,4 +80,4 @@ def read(
 def read_tables(spec: str, device: torch.device) -> tuple[Tensor, ...]:
     """The rotation and the levels, as `read_kernel` takes them."""
     fmt = PackedFormat.parse(spec)
-    return rotation(fmt, device, True), fmt.levels(device)
+    return rotation(fmt, torch.float32, device), fmt.levels(device)

@@ -26,6 +26,17 @@ def dot(a, b):
 
 
 @triton.jit
+def dot_by_parts(a, b, PARTS: tl.constexpr):
+    """`dot`, the inner dimension being spread over warps: each then holds a part alone of either operand."""
+    if PARTS == 1:
+        return dot(a, b)
+    else:
+        INNER: tl.constexpr = a.shape[1] // PARTS
+        a_parts = a.reshape(a.shape[0], PARTS, INNER).permute(1, 0, 2)
+        return tl.sum(dot(a_parts, b.reshape(PARTS, INNER, b.shape[1])), axis=0)
+
+
+@triton.jit
 def opaque(x):
     """`x`, float16, itself. A product takes its operands in an order that suits how they were computed; where that
     costs more than it saves, this hides it (as an effect, which the search for it stops at)."""
@@ -37,12 +48,12 @@ def opaque(x):
 
 @triton.jit
 def normalized(x, EXACT: tl.constexpr):
-    """`x` [rows, n] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
+    """`x` [n, rows] over the largest magnitude of each row, as float16, and that magnitude; untouched with EXACT."""
     if EXACT:
-        return x, tl.full((x.shape[0],), 1.0, tl.float32)
+        return x, tl.full((x.shape[1],), 1.0, tl.float32)
     else:
-        peak = tl.max(tl.abs(x), axis=1)
-        return (x / tl.where(peak > 0, peak, 1.0)[:, None]).to(tl.float16), peak
+        peak = tl.max(tl.abs(x), axis=0)
+        return (x / tl.where(peak > 0, peak, 1.0)[None, :]).to(tl.float16), peak
 
 
 @triton.jit
@@ -55,7 +66,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
         rotation: pointer to sqrt(head_dim) R, [head_dim, head_dim], in float16 (float32 with EXACT).
 
     Returns:
-        R q / factor [rows, columns] in the dtype of `rotation`, factor [rows], and |q|**2 [rows].
+        R q / factor [columns, rows] in the dtype of `rotation`, factor [rows], and |q|**2 [rows].
     """
     CHUNK: tl.constexpr = 32
     COLUMNS: tl.constexpr = fmt.columns
@@ -65,69 +76,58 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
         peak += 1.0
     else:
         for start in range(0, fmt.head_dim, CHUNK):
-            d = start + tl.arange(0, CHUNK)[None, :]
-            part = tl.load(address[:, None] + d, mask=valid[:, None] & (d < fmt.head_dim), other=0).to(tl.float32)
-            peak = tl.maximum(peak, tl.max(tl.abs(part), axis=1))
+            d = start + tl.arange(0, CHUNK)[:, None]
+            part = tl.load(address[None, :] + d, mask=valid[None, :] & (d < fmt.head_dim), other=0).to(tl.float32)
+            peak = tl.maximum(peak, tl.max(tl.abs(part), axis=0))
         peak = tl.where(peak > 0, peak, 1.0)
-    product = tl.zeros((address.shape[0], COLUMNS), tl.float32)
+    product = tl.zeros((COLUMNS, address.shape[0]), tl.float32)
     energy = tl.zeros((address.shape[0],), tl.float32)
     for start in range(0, fmt.head_dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
         inside = d < fmt.head_dim
-        part = tl.load(address[:, None] + d[None, :], mask=valid[:, None] & inside[None, :], other=0).to(tl.float32)
-        energy += tl.sum(part * part, axis=1)
+        part = tl.load(address[None, :] + d[:, None], mask=valid[None, :] & inside[:, None], other=0).to(tl.float32)
+        energy += tl.sum(part * part, axis=0)
         matrix = tl.load(
-            rotation + element[None, :] * fmt.head_dim + d[:, None], mask=exists[None, :] & inside[:, None], other=0
+            rotation + element[:, None] * fmt.head_dim + d[None, :], mask=exists[:, None] & inside[None, :], other=0
         )
-        product += dot((part / peak[:, None]).to(matrix.dtype), matrix)
+        product += dot(matrix, (part / peak[None, :]).to(matrix.dtype))
     result, factor = normalized(product, EXACT)
     return result, factor * peak * (fmt.head_dim**-0.5), energy
 
 
 @triton.jit
-def _times_rotation(x, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    """x @ R without the factor of `rotation`, by pieces of the matrix that shared memory holds."""
-    if x.shape[1] * WIDTH > (8192 if EXACT else 16384):
-        HALF: tl.constexpr = x.shape[1] // 2
-        lower, upper = tl.split(x.reshape(x.shape[0], 2, HALF).permute(0, 2, 1))
-        result = _times_rotation_half(lower, 0, rotation, fmt, WIDTH, EXACT)
-        return result + _times_rotation_half(upper, HALF, rotation, fmt, WIDTH, EXACT)
-    else:
-        return _times_rotation_block(x, 0, rotation, fmt, WIDTH)
+def _halved(x):
+    """The upper and the lower half of the rows of `x`."""
+    return tl.split(x.reshape(2, x.shape[0] // 2, x.shape[1]).permute(1, 2, 0))
 
 
 @triton.jit
-def _times_rotation_half(x, first: tl.constexpr, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    if x.shape[1] * WIDTH > (8192 if EXACT else 16384):
-        HALF: tl.constexpr = x.shape[1] // 2
-        lower, upper = tl.split(x.reshape(x.shape[0], 2, HALF).permute(0, 2, 1))
-        result = _times_rotation_block(lower, first, rotation, fmt, WIDTH)
-        return result + _times_rotation_block(upper, first + HALF, rotation, fmt, WIDTH)
+def _rotated_back(x, first: tl.constexpr, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr):
+    """R' x without the factor of `rotation`, x being columns `first` and on, by pieces that registers hold."""
+    COLUMNS: tl.constexpr = x.shape[0]
+    if COLUMNS * WIDTH > 8192:
+        upper, lower = _halved(x)
+        result = _rotated_back(upper, first, rotation, fmt, WIDTH)
+        return result + _rotated_back(lower, first + COLUMNS // 2, rotation, fmt, WIDTH)
     else:
-        return _times_rotation_block(x, first, rotation, fmt, WIDTH)
-
-
-@triton.jit
-def _times_rotation_block(x, first: tl.constexpr, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr):
-    """The part of columns `first` and on of a tile."""
-    STRIDE: tl.constexpr = 4 * fmt.row_words
-    column = first + tl.arange(0, x.shape[1])
-    d = tl.arange(0, WIDTH)
-    element = column // STRIDE * fmt.row_bytes + column % STRIDE
-    exists = column % STRIDE < fmt.row_bytes
-    matrix = tl.load(
-        rotation + element[:, None] * fmt.head_dim + d[None, :],
-        mask=exists[:, None] & (d < fmt.head_dim)[None, :],
-        other=0,
-    )
-    return dot(x, matrix)
+        STRIDE: tl.constexpr = 4 * fmt.row_words
+        column = first + tl.arange(0, COLUMNS)
+        d = tl.arange(0, WIDTH)
+        element = column // STRIDE * fmt.row_bytes + column % STRIDE
+        exists = column % STRIDE < fmt.row_bytes
+        matrix = tl.load(
+            rotation + element[:, None] * fmt.head_dim + d[None, :],
+            mask=exists[:, None] & (d < fmt.head_dim)[None, :],
+            other=0,
+        )
+        return dot(matrix.T, x)
 
 
 @triton.jit
 def unrotated(acc, rotation, fmt: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    """R' y for rows y in the column order of a tile, float32 [rows, WIDTH] in the natural order."""
+    """R' y for rows y in the column order of a tile, [columns, rows]: float32 [WIDTH, rows] in the natural order."""
     x, factor = normalized(acc, EXACT)
-    return _times_rotation(x, rotation, fmt, WIDTH, EXACT) * (factor * (fmt.head_dim**-0.5))[:, None]
+    return _rotated_back(x, 0, rotation, fmt, WIDTH) * (factor * (fmt.head_dim**-0.5))[None, :]
 
 
 @triton.jit
@@ -143,14 +143,14 @@ def masked(scores, mask, row_valid, column, valid, step):
     """Scores with the mask's added, -inf where not `valid` or masked.
 
     Args:
-        scores: in units of log2, [rows, n].
+        scores: in units of log2, [n, rows].
         mask: pointers to each row's first column of the mask (uint8 for a bool one), [rows], or None.
         row_valid: which rows have a mask, [rows].
         column: of each score, int64 [n]; step: the mask's stride along columns.
-        valid: [rows or 1, n].
+        valid: [n, rows or 1].
     """
     if mask is not None:
-        loaded = tl.load(mask[:, None] + column[None, :] * step, mask=row_valid[:, None] & valid, other=0)
+        loaded = tl.load(mask[None, :] + column[:, None] * step, mask=row_valid[None, :] & valid, other=0)
         if loaded.dtype == tl.uint8:
             valid = valid & (loaded != 0)
         else:
@@ -161,6 +161,6 @@ def masked(scores, mask, row_valid, column, valid, step):
 @triton.jit
 def softmax_step(scores, m):
     """Weights of a tile, the factor of what was summed before, and the new maximum."""
-    top = tl.maximum(m, tl.max(scores, axis=1))
+    top = tl.maximum(m, tl.max(scores, axis=0))
     origin = tl.where(top == float("-inf"), 0.0, top)
-    return tl.exp2(scores - origin[:, None]), tl.exp2(m - origin), top
+    return tl.exp2(scores - origin[None, :]), tl.exp2(m - origin), top

@@ -66,20 +66,36 @@ def choose(arch: str, rows: int, k_fmt: PackedFormat, v_fmt: PackedFormat, exact
     """
     kind = "prefill" if rows > 64 else "decode"
     width = max(k_fmt.head_dim, v_fmt.head_dim)
-    block = 16 if exact else next(block for block in (16, 32, 64) if block >= min(rows, 64))
-    if width > 128 and arch in SMALL_SHARED_MEMORY:
-        block = min(block, 32)
-    # Registers bound the tile: they hold its levels. Shared memory bounds the dense tile, which is not packed.
-    large = exact or width > 128
+    small = arch in SMALL_SHARED_MEMORY
+    narrow = max(k_fmt.bits, v_fmt.bits) <= 4
+    padded = any(fmt.head_dim & (fmt.head_dim - 1) for fmt in (k_fmt, v_fmt))
+    # What registers hold without spilling, as benchmarks/gpu/compile_table.py finds it. Hopper's products read the
+    # queries from shared memory.
+    if exact:
+        most = 8
+    elif arch == "sm_90":
+        most = 64 if width <= 64 else 32 if width <= 128 or narrow else 16
+    elif width > 128:
+        most = 16 if narrow else 8
+    else:
+        most = 16 if padded or width > 64 and not narrow else 32
+    block = next(block for block in (8, 16, 32, 64) if block >= min(rows, most))
+    # Registers bound the tile, whose levels they hold; wide codes take more of them on the way. Shared memory bounds
+    # the dense tile, which is not packed.
+    if exact or not narrow and width > 128 and arch.startswith("sm_8"):
+        tile = 32
+    else:
+        tile = 128 if narrow and block == 8 and not (small and width > 128) else 64
+    # Three programs of four warps to a multiprocessor where two would fit.
+    three = not exact and narrow and not padded and block == 8 and width <= 128
     default = Launch(
-        tile=32 if exact else 64,
-        dense_tile=16 if large else 32,
+        tile=tile,
+        dense_tile=16 if exact or width > 128 or block > 16 else 32,
         rows=block,
-        num_warps=8 if block == 64 or width > 128 else 4,
-        num_stages=2 if large else 3,
-        # Three programs of four warps to a multiprocessor where two would fit.
-        programs_per_sm=3 if block == 16 and not large else 2,
-        maxnreg=168 if block == 16 and not large else None,
+        num_warps=8 if block == 64 or width > 128 or exact and padded else 4,
+        num_stages=1 if exact and width > 128 else 2 if exact or width > 128 or small else 3,
+        programs_per_sm=3 if three else 2,
+        maxnreg=168 if three else None,
     )
     key = f"{kind} d{k_fmt.head_dim} k{k_fmt.bits}v{v_fmt.bits}"
     tuned = {} if exact else _table().get(arch, {}).get(key, {})
