@@ -30,8 +30,14 @@ def write(name: str, rows: Sequence[dict[str, Any]], notes: Sequence[str] = (), 
     """Write benchmarks/results/NAME.json and return its path; `packages` are those whose versions matter too."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(envelope(name, rows, notes, packages), indent=1) + "\n")
+    path.write_text(text(envelope(name, rows, notes, packages)))
     return path
+
+
+def text(result: dict[str, Any]) -> str:
+    """A result as JSON, one line to a row."""
+    rows = ",\n  ".join(map(json.dumps, result["rows"]))
+    return json.dumps({**result, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {rows}\n ]', 1) + "\n"
 
 
 def envelope(

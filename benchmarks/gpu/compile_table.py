@@ -174,7 +174,7 @@ def main() -> None:
     if arguments.show:
         show(json.loads(TABLE.read_text())["rows"])
         return
-    from envelope import envelope
+    from envelope import envelope, text
 
     complete = not arguments.case and arguments.arch == list(ARCHITECTURES)
     out = arguments.out or (TABLE if complete else None)
@@ -186,7 +186,7 @@ def main() -> None:
                 rows += compile_case(arch, name, *case)
                 print(f"{ARCHITECTURES[arch]} {name}", file=sys.stderr, flush=True)
                 if out:
-                    out.write_text(json.dumps(envelope("compile_table", rows, notes, ["triton"]), indent=1) + "\n")
+                    out.write_text(text(envelope("compile_table", rows, notes, ["triton"])))
     show(rows)
 
 
