@@ -79,8 +79,8 @@ PEERS = (
             {"file": "4 bits", "f32": "float32"}[weights],
             cache,
         )
-        for weights in ("f32", "file")
-        for cache in ("f16", "q8_0", "q4_0")
+        for weights, caches in (("f32", ("f16", "q8_0")), ("file", ("f16", "q8_0", "q4_0")))
+        for cache in caches
     ),
     *(
         Peer(f"OpenVINO {kind}", "openvino", "openvino", {"cache": kind}, "4 bits", kind)
