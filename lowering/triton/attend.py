@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tqc.lowering.triton.format import tile_format
 from tqc.lowering.triton.page import (
     PAGE,
     centre_codes,
@@ -22,7 +23,6 @@ from tqc.lowering.triton.page import (
     page_base,
     power_of_two,
     scale_parts,
-    tile_format,
     token_scales,
 )
 from tqc.lowering.triton.tile import LOG2E, capped, dot, dot_by_parts, masked, opaque, rotated, softmax_step, unrotated

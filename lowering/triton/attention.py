@@ -14,7 +14,7 @@ from torch.library import wrap_triton
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.lowering.triton import tuning
 from tqc.lowering.triton.attend import attend_kernel, merge_kernel
-from tqc.lowering.triton.page import TileFormat
+from tqc.lowering.triton.format import TileFormat
 
 
 def attend(
