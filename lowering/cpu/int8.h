@@ -9,14 +9,15 @@
 
 namespace tqc {
 
-// Memory that will be read soon, fetched piece by piece while the core is busy with products.
+// Memory that will be read soon, fetched piece by piece while the core is busy with products. Into the second-level
+// cache: what waits for the first one holds up the loads of the products (32K tokens took 1.5 to 2 times as long).
 struct Prefetch {
   const uint8_t *next, *end;
   int64_t bytes_per_step;
   Prefetch(const uint8_t* begin, int64_t bytes, int steps)
       : next(begin), end(begin + bytes), bytes_per_step((bytes / steps + 63) / 64 * 64) {}
   void step() {
-    for (int64_t i = 0; i < bytes_per_step && next < end; i += 64, next += 64) __builtin_prefetch(next);
+    for (int64_t i = 0; i < bytes_per_step && next < end; i += 64, next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
 

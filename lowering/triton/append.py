@@ -173,7 +173,8 @@ def _load_tokens(dense, new, new_row, new_column, length, first, position, eleme
 def _rotated(dense, new, new_row, new_column, length, first, page, matrix, gain, fmt: tl.constexpr):
     """The tokens of a page that is not packed yet, rotated, float32 [32, D]."""
     D: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
-    STEP: tl.constexpr = min(D, 32)
+    # float32 takes twice the registers.
+    STEP: tl.constexpr = 16 if D > 128 and matrix.dtype.element_ty == tl.float32 else min(D, 32)
     position = fmt.sink_tokens + page * PAGE_TOKENS + tl.arange(0, PAGE_TOKENS)
     column = tl.arange(0, D)
     y = tl.zeros([PAGE_TOKENS, D], tl.float32)

@@ -147,7 +147,7 @@ def attend_kernel(
         new, columns: how many new tokens there are, and columns of the mask (0 without one).
         out: with one share [batch, rows, query_heads, head_dim]; else float32, [SHARES, ...] of that.
         lse: float32 [batch, query_heads, rows]; with several shares [SHARES, batch, query_heads, rows], in log2.
-        OPAQUE: whether levels go through `opaque`, in which torch's search for what a kernel writes gets stuck.
+        OPAQUE: whether to save registers in ways that torch's search for the tensors that a kernel writes gets lost in.
         The rest are tensors with their strides in front of the last axis, sizes, and specs of the formats.
     """
     k_fmt: tl.constexpr = tile_format(k_spec)
@@ -271,7 +271,10 @@ def attend_kernel(
         acc = unrotated(tl.where(v_exists[:, None], summed, 0.0), v_rotation, v_fmt, V_WIDTH, EXACT)
 
     # Computed anew, by way of a zero that compilers do not see: what is kept over the loop costs registers.
-    i, q_head, row_valid = _rows(tl.program_id(0) * ROWS + tl.minimum(heads * group, 0), heads, group, rows, ROWS)
+    row_first = tl.program_id(0) * ROWS
+    if OPAQUE:
+        row_first += tl.minimum(tile_end, 0)
+    i, q_head, row_valid = _rows(row_first, heads, group, rows, ROWS)
     mask_row, mask_step = _mask_row(mask, mask_strides, b, q_head, i)
     last = i + (new - rows)
 
