@@ -7,6 +7,7 @@ enters a region, so Inductor sees ordinary, mostly static graphs.
 
 from __future__ import annotations
 
+import ctypes
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,15 +17,17 @@ from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import Graph, GraphModule, Node
 
-from tqc import runtime
+from tqc import chains, runtime
 from tqc.matrix_vector import decompositions
 from tqc.passes.graph import is_packed, value
 
-# Compiled regions by their text and wrapper: graphs that differ in what lies outside them share them.
-_compiled: dict[tuple[str, bool], Callable[..., Any]] = {}
+# Compiled regions and their entries, by text and wrapper: graphs that differ in what lies outside them share them.
+_compiled: dict[tuple[str, bool], tuple[Callable[..., Any], int | None]] = {}
 # A region that stands for this many layers gets Inductor's C++ wrapper: no Python runs between its kernels, which saves
 # some 80 us a layer and costs a few seconds of compiling.
 _WORTH_A_WRAPPER = 4
+# void (AtenTensorHandle* inputs, AtenTensorHandle* outputs): what that wrapper exports.
+_ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"
 
 
 class Region(torch.nn.Module):
@@ -36,18 +39,34 @@ class Region(torch.nn.Module):
         self.examples = examples
         self.key = key
         self.calls = 0
+        self.entry: int | None = None
         self.run: Callable[..., Any] = module.forward
 
     @property
     def symbolic(self) -> bool:
         return any(_is_symbolic(example) for example in self.examples)
 
-    def compile_with_inductor(self) -> None:
+    @property
+    def results(self) -> list[Any]:
+        """Examples of what it returns."""
+        return [value(node) for node in next(iter(reversed(self.module.graph.nodes))).args[0]]
+
+    @property
+    def worth_a_wrapper(self) -> bool:
         on_cpu = all(x.device.type == "cpu" for x in self.examples if isinstance(x, Tensor))
-        cpp_wrapper = on_cpu and self.calls >= _WORTH_A_WRAPPER
-        if (self.key, cpp_wrapper) not in _compiled:
-            _compiled[self.key, cpp_wrapper] = _inductor(self.module, self.examples, cpp_wrapper)
-        self.run = _compiled[self.key, cpp_wrapper]
+        return on_cpu and self.calls >= _WORTH_A_WRAPPER
+
+    @property
+    def can_be_linked(self) -> bool:
+        """Whether its entry, if it will have one, takes and gives nothing but tensors."""
+        tensors = all(isinstance(example, Tensor) for example in (*self.examples, *self.results))
+        return self.worth_a_wrapper and tensors and not self.symbolic
+
+    def compile_with_inductor(self) -> None:
+        key = self.key, self.worth_a_wrapper
+        if key not in _compiled:
+            _compiled[key] = _inductor(self.module, self.examples, self.worth_a_wrapper)
+        self.run, self.entry = _compiled[key]
 
     def forward(self, *args: Any) -> Any:
         return self.run(*args)
@@ -59,9 +78,11 @@ def _is_symbolic(example: Any) -> bool:
     return isinstance(example, (torch.SymInt, torch.SymFloat))
 
 
-def _inductor(module: GraphModule, examples: list[Any], cpp_wrapper: bool = False) -> Callable[..., Any]:
-    """`module` compiled. Where it neither writes nor aliases its inputs, AOTAutograd's wrapper around the compiled
-    code would do nothing for some 20 us a call, and is left out."""
+def _inductor(
+    module: GraphModule, examples: list[Any], cpp_wrapper: bool = False
+) -> tuple[Callable[..., Any], int | None]:
+    """`module` compiled, and the address of its entry if C++ can call it. Where it neither writes nor aliases its
+    inputs, AOTAutograd's wrapper around the compiled code would do nothing for some 20 us a call, and is left out."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -84,9 +105,20 @@ def _inductor(module: GraphModule, examples: list[Any], cpp_wrapper: bool = Fals
     ):
         function = compile_fx(module, examples, inner_compile=inner_compile, decompositions=decompositions())
     if len(compiled) != 1 or not _plain(context.fw_metadata) or compiled[0][1] != len(examples):
-        return function
+        return function, None
     code = compiled[0][0]
-    return lambda *args: code(list(args))
+    return lambda *args: code(list(args)), _entry(code) if cpp_wrapper else None
+
+
+def _entry(code: Any) -> int | None:
+    """Address of the entry that a C++ wrapper exports, or None if Python does more than to call it with handles."""
+    wrapper = code.current_callable
+    names = getattr(wrapper, "__code__", None) and (*wrapper.__code__.co_names, *wrapper.__code__.co_varnames)
+    handles = {"unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"}
+    if not names or not handles <= set(names) or not {"item", "constants_tensor"}.isdisjoint(names):
+        return None
+    library = ctypes.CDLL(wrapper.__closure__[0].cell_contents.__self__.__file__)
+    return ctypes.cast(library[_ENTRY], ctypes.c_void_p).value if hasattr(library, _ENTRY) else None
 
 
 def _plain(metadata: Any) -> bool:
@@ -110,6 +142,7 @@ class SplitGraph:
 
     def __init__(self, gm: GraphModule, rest: str, at_once: bool = False) -> None:
         self.regions, self.outer = split(gm)
+        self.chains = chains.link(self.outer) if rest == "inductor" else []
         self._forward = self.outer.forward
         self._calls = 0
         self._lazy = rest == "inductor"
@@ -120,6 +153,8 @@ class SplitGraph:
         self._lazy = False
         for region in self.regions:
             region.compile_with_inductor()
+        for chain in self.chains:
+            chain.compile_with_provider()
 
     def __call__(self, *args: Any) -> Any:
         if self._lazy:
@@ -156,6 +191,7 @@ def split(gm: GraphModule) -> tuple[list[Region], GraphModule]:
         call = outer.call_module(name, tuple(env[node] for node in inputs))
         for index, node in enumerate(outputs):
             env[node] = outer.call_function(operator.getitem, (call, index))
+            env[node].meta["example_value"] = value(node)
     return list(regions.values()), GraphModule(modules, outer)
 
 

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="tqc-bench-"))
@@ -30,8 +29,7 @@ from torch._inductor.compile_fx import compile_fx
 from transformers import DynamicCache
 
 import tqc
-from tqc import matrix_vector, runtime
-from tqc import regions as tqc_regions
+from tqc import matrix_vector
 from tqc.models import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +42,6 @@ class Stepper:
     def __init__(self, model: torch.nn.Module, **compile_options: Any) -> None:
         self.model = copy.deepcopy(model)
         self.model.compile(**compile_options)
-        self.graphs: list[Any] = []
 
     def prefill(self, ids: torch.Tensor) -> float:
         self.cache = DynamicCache(config=self.model.config)
@@ -76,38 +73,6 @@ def largest_temporary(step: Any) -> int:
     return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
 
 
-def backend_cost_ms(stepper: Stepper) -> float:
-    """Time of a decode call outside compiled regions and kernels: guards, wrapping, calls. Median, milliseconds."""
-    regions = {region: region.run for graph in stepper.graphs for region in graph.regions}
-    providers = dict(runtime._providers)
-    for region, run in regions.items():
-        region.run = _first_result(run)
-    for name, kernels in providers.items():
-        stub = SimpleNamespace(append=lambda *args: None, attend=_first_result(kernels.attend))
-        runtime._providers[name] = stub  # type: ignore[assignment]
-    length = stepper.cache.get_seq_length()
-    try:
-        times = [stepper.step() for _ in range(100)][20:]
-    finally:
-        for region, run in regions.items():
-            region.run = run
-        runtime._providers.update(providers)
-    assert stepper.cache.get_seq_length() == length + 100
-    return 1e3 * statistics.median(times)
-
-
-def _first_result(function: Any) -> Any:
-    """`function`, called once and remembered."""
-    result: list[Any] = []
-
-    def run(*args: Any) -> Any:
-        if not result:
-            result.append(function(*args))
-        return result[0]
-
-    return run
-
-
 def dense_bf16_bytes(stepper: Stepper) -> int:
     """Bytes of the same tokens in a dense cache of bfloat16."""
     return sum(2 * tensor.numel() for layer in stepper.cache.layers for tensor in (layer.keys, layer.values))
@@ -133,13 +98,6 @@ def main() -> None:
         models["dense"] = Stepper(model, backend="inductor")
         models["dense_rows"] = Stepper(model, backend=inductor_with_our_products)
     rows = []
-    split = tqc_regions.SplitGraph.__init__
-
-    def remember(graph: Any, *args: Any) -> None:
-        split(graph, *args)
-        models["packed"].graphs.append(graph)
-
-    tqc_regions.SplitGraph.__init__ = remember  # type: ignore[method-assign]
     with torch.no_grad():
         warm_up = {}
         for name, stepper in models.items():
@@ -179,7 +137,6 @@ def main() -> None:
             row.update(
                 {f"{name}_{key}": round(value, 2) for name, times in warm_up.items() for key, value in times.items()}
             )
-        rows[0]["backend_cost_ms"] = round(backend_cost_ms(models["packed"]), 3)
     if not arguments.only_packed:
         name = "generate" if arguments.preset == "default" else f"generate_{arguments.preset}"
         print("written to", envelope.write(name if arguments.dtype == "float32" else f"{name}_{arguments.dtype}", rows))

@@ -2,10 +2,10 @@
 
     python benchmarks/cpu/step_profile.py                       256, 4,096 and 8,000 tokens, float32, default preset
 
-The embedded model decodes by `generate`. Attention and append are timed around the kernels, the rest of the model
-("weights": matrix-vector products with what Inductor fused around them) around the compiled regions; what a forward
-call takes beyond these is the framework's (dynamo's guards, wrapping, calls), and what a token takes beyond its forward
-call is generate's own Python. Rows go to benchmarks/results/step_profile.json, the plot to step_profile.png beside it.
+The embedded model decodes by `generate`. Attention, append and the rest of the model ("weights": matrix-vector products
+with what Inductor fused around them) are timed where they are called; what a forward call takes beyond these is the
+framework's (dynamo's guards, wrapping, calls), and what a token takes beyond its forward call is generate's own Python.
+Rows go to benchmarks/results/step_profile.json, the plot to step_profile.png beside it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import torch
 from transformers import DynamicCache
 
-from tqc import regions, runtime
+from tqc import chains, regions
 from tqc.models import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,18 +54,18 @@ class Clock:
 
 
 def instrument(clock: Clock) -> None:
-    provider_module, forward = runtime.provider_module, regions.Region.forward
-    timed: dict[str, Any] = {}
+    """Time chains inside, by their own clock, and the regions beside them."""
+    run = chains.CompiledChain.__call__
 
-    def timed_provider(name: str) -> Any:
-        if name not in timed:
-            kernels = provider_module(name)
-            attend, append = clock.wrap("attention", kernels.attend), clock.wrap("append", kernels.append)
-            timed[name] = SimpleNamespace(attend=attend, append=append, read=kernels.read)
-        return timed[name]
+    def timed_chain(chain: chains.CompiledChain, *args: Any) -> Any:
+        chain.seconds()
+        result = run(chain, *args)
+        for name, seconds in zip(("weights", "attention", "append"), chain.seconds(), strict=True):
+            clock.seconds[name] += seconds
+        return result
 
-    runtime.provider_module = timed_provider
-    regions.Region.forward = clock.wrap("weights", forward)  # type: ignore[method-assign]
+    chains.CompiledChain.__call__ = timed_chain  # type: ignore[method-assign]
+    regions.Region.forward = clock.wrap("weights", regions.Region.forward)  # type: ignore[method-assign]
 
 
 def profile(model: torch.nn.Module, ids: torch.Tensor, clock: Clock, tokens: int) -> dict[str, float]:

@@ -8,9 +8,11 @@ neon, avx2 or avx512.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +99,36 @@ def attend(
         k_spec,
         v_spec,
     )
+
+
+def make_chain(inputs: int, slots: int, instructions: tuple[Any, ...], outputs: tuple[int, ...]) -> Any:
+    """A run of compiled regions and attentions over numbered slots of tensors; see `make_chain` of module.cpp."""
+    return (_module or _kernels()).make_chain(inputs, slots, instructions, outputs)
+
+
+def run_chain(
+    chain: Any, tensors: list[Tensor], specs: list[str], in_python: Callable[[int, list[Tensor]], Tensor]
+) -> list[Tensor]:
+    """Run a chain over its input tensors.
+
+    Args:
+        specs: the formats of keys and values of each attention.
+        in_python: attends and writes, for an attention whose write is not an append; takes its number and those of
+            query, key, value, positions, attn_mask and sinks that it has.
+    """
+
+    def with_handles(index: int, handles: list[Any]) -> Any:
+        tensors = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(handles)
+        return torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([in_python(index, tensors)])[0]
+
+    handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
+    results = (_module or _kernels()).run_chain(chain, handles, specs, with_handles)
+    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(results)
+
+
+def chain_seconds(chain: Any) -> tuple[float, float, float]:
+    """Seconds that a chain spent in regions, in attention and in appending since it was last asked."""
+    return (_module or _kernels()).chain_seconds(chain)
 
 
 _module: ModuleType | None = None

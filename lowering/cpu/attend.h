@@ -13,7 +13,7 @@ namespace tqc {
 struct AttendArgs {
   View k, v;
   Dense query, out;
-  float* lse;  // [batch, query heads, rows]
+  float* lse;  // [batch, query heads, rows] or null
   int64_t batch, heads, group, rows, columns;
   Mask mask;
   const float* sinks;  // [query heads] or null
@@ -42,7 +42,7 @@ inline void write_rows(const AttendArgs& a, const Partial& p, int64_t b, int64_t
     float scale = sum == 0 ? 0 : factor / sum;
     for (int i = 0; i < p.ld; i += W) store(out + i, load(out + i) * scale);
     from_float(a.out.at(b, head, row), out, dim, a.out.dtype);
-    a.lse[(b * a.heads * a.group + head) * a.rows + row] = sum == 0 ? -INFINITY : top + std::log(sum);
+    if (a.lse) a.lse[(b * a.heads * a.group + head) * a.rows + row] = sum == 0 ? -INFINITY : top + std::log(sum);
   }
 }
 

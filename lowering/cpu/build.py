@@ -137,7 +137,8 @@ def built(chosen: str) -> Path:
     # Two processes may both build: each writes a file of its own, and the renames are atomic.
     handle, temporary = tempfile.mkstemp(prefix=f"{target.name}.", dir=folder)
     os.close(handle)
-    command = [compiler, *flags, str(SOURCES / "module.cpp"), "-o", temporary]
+    libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"]
+    command = [compiler, *flags, str(SOURCES / "module.cpp"), *libraries, "-o", temporary]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode:
