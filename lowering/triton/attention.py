@@ -76,7 +76,6 @@ def attend_paged(
     value: Tensor | None,
     k_spec: str,
     v_spec: str,
-    *,
     scale: float,
     block_pages: int = 2,
     padding: Tensor | None = None,
