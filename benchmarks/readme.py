@@ -110,7 +110,7 @@ class Table:
     shows: Callable[[dict[str, Any]], bool] = lambda row: True
 
 
-# The tables of each document in their order, by result file. README.md shows any other file with all its fields.
+# The tables of each document in their order, by result file. README.md shows files that none names with all fields.
 _ATTENTION = "Decode attention, the least time of a call"
 DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {
@@ -155,7 +155,7 @@ def results() -> list[dict[str, Any]]:
 
 
 def all_fields(result: dict[str, Any]) -> Table:
-    """The table of a result file that no document knows."""
+    """The table of a result file that no document names."""
     rows = result["rows"]
     fields = dict.fromkeys(field for row in rows for field, value in row.items() if not isinstance(value, (dict, list)))
     return Table(
@@ -209,7 +209,8 @@ def render(document: str, text: str) -> str:
     found, known = {result["name"]: result for result in results()}, DOCUMENTS[document]
     sections = [section(found[name], table) for name, table in known.items() if name in found]
     if document == "README.md":
-        sections += [section(result, all_fields(result)) for name, result in found.items() if name not in known]
+        shown = set().union(*DOCUMENTS.values())
+        sections += [section(result, all_fields(result)) for name, result in found.items() if name not in shown]
     tables = "\n\n".join(sections) or "Not measured yet."
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from tqc import ops
+from tqc.format import PackedFormat
+from tqc.packed_tensor import pack
 
 # Few recent tokens, so that 80 tokens make pages; 8 bits, so that only mistakes show.
 OPTIONS: dict[str, Any] = {
@@ -17,6 +20,7 @@ OPTIONS: dict[str, Any] = {
     "bits_k": 8,
     "bits_v": 8,
 }
+KEYS, VALUES = PackedFormat(16, 3, True, 4, 32), PackedFormat(16, 2, False, 4, 32)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -34,3 +38,20 @@ def filled(x, fmt, **kwargs):
     parts = empty(fmt, x.shape[1], x.shape[0], dtype=x.dtype, **kwargs)
     ops.append(*parts, x, None, str(fmt))
     return parts
+
+
+def states(length: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Dense keys and values of two sequences."""
+    generator = torch.Generator().manual_seed(length)
+    keys, values = (torch.randn(2, heads, length, dim, generator=generator).to(dtype) for _ in range(2))
+    return keys, values
+
+
+def packed_cache(length: int = 100, layers: int = 2, dtype: torch.dtype = torch.float32) -> DynamicCache:
+    """Two sequences in KEYS and VALUES, in each layer a token more."""
+    cache = DynamicCache()
+    for index in range(layers):
+        cache.update(*states(length + index, dtype=dtype), index)
+        layer = cache.layers[index]
+        layer.keys, layer.values = pack(layer.keys, KEYS), pack(layer.values, VALUES)
+    return cache

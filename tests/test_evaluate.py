@@ -321,6 +321,20 @@ def test_readme_tables_are_those_of_the_results():
     assert result.returncode == 0, result.stderr
 
 
+def test_tables_of_all_fields_are_only_of_results_that_no_document_names(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme
+
+    results = readme.results()
+    results.append(results[0] | {"name": "unknown"})
+    unnamed = [result["name"] for result in results if not any(result["name"] in d for d in readme.DOCUMENTS.values())]
+    monkeypatch.setattr(readme, "results", lambda: results)
+    for document in readme.DOCUMENTS:
+        text = readme.render(document, readme.BEGIN + readme.END)
+        raw = [result["name"] for result in results if readme.section(result, readme.all_fields(result)) in text]
+        assert raw == (unnamed if document == "README.md" else [])
+
+
 def test_plot_without_points(tmp_path):
     pytest.importorskip("matplotlib")
     Evaluation("m", "float32", 10, 2, 0, 0, [Row("dense", "dense")]).plot(tmp_path / "empty.png")

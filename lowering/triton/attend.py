@@ -135,7 +135,7 @@ def attend_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
-    OPAQUE: tl.constexpr,
+    SAVE_REGISTERS: tl.constexpr,
 ):
     """See `tqc.ops.attend`. Grid: (blocks of rows, batch * heads, SHARES).
 
@@ -147,7 +147,7 @@ def attend_kernel(
         new, columns: how many new tokens there are, and columns of the mask (0 without one).
         out: with one share [batch, rows, query_heads, head_dim]; else float32, [SHARES, ...] of that.
         lse: float32 [batch, query_heads, rows]; with several shares [SHARES, batch, query_heads, rows], in log2.
-        OPAQUE: whether to save registers in ways that torch's search for the tensors that a kernel writes gets lost in.
+        SAVE_REGISTERS: whether to do so in ways in which torch's search for the tensors that a kernel writes gets lost.
         The rest are tensors with their strides in front of the last axis, sizes, and specs of the formats.
     """
     k_fmt: tl.constexpr = tile_format(k_spec)
@@ -257,7 +257,7 @@ def attend_kernel(
             v_bases = page_base(v_of_head, pages_at)
             at = _page_at(page + of_token, last_page, b, table, table_step, v_step, BLOCK_PAGES)
             levels = levels_tile(v_of_head, at, in_page, v_levels, v_fmt, EXACT)
-            if OPAQUE and not EXACT:
+            if SAVE_REGISTERS and not EXACT:
                 levels = opaque(levels)
             # A sum of its own for each tile: the long one is kept by additions in float32 alone.
             part = dot(levels.T, (weights * scales[:, None]).to(levels.dtype)) * unit
@@ -272,7 +272,7 @@ def attend_kernel(
 
     # Computed anew, by way of a zero that compilers do not see: what is kept over the loop costs registers.
     row_first = tl.program_id(0) * ROWS
-    if OPAQUE:
+    if SAVE_REGISTERS:
         row_first += tl.minimum(tile_end, 0)
     i, q_head, row_valid = _rows(row_first, heads, group, rows, ROWS)
     mask_row, mask_step = _mask_row(mask, mask_strides, b, q_head, i)

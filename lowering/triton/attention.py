@@ -76,7 +76,6 @@ def attend_paged(
     value: Tensor | None,
     k_spec: str,
     v_spec: str,
-    *,
     scale: float,
     block_pages: int = 2,
     padding: Tensor | None = None,
@@ -216,7 +215,7 @@ def _attend(
         ROWS=launch.rows,
         TILE=launch.tile,
         DENSE_TILE=launch.dense_tile,
-        OPAQUE=not traced,
+        SAVE_REGISTERS=not traced,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **({} if traced else {"maxnreg": launch.maxnreg}),  # torch knows no such option

@@ -4,21 +4,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.lowering.common import DTYPES, EPSILON, check_bytes, drawn, make_store
 from tqc import ops
 from tqc.format import PackedFormat
 
 pytest.importorskip("triton")
 from tqc.lowering.triton.append import append, append_pair  # noqa: E402
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPSILON = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # NaNs, in the interpreter
 
-drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 
 formats = st.builds(
     PackedFormat,
@@ -30,15 +27,6 @@ formats = st.builds(
     rotation=st.sampled_from(["hadamard", "hadamard", "haar"]),
     seed=st.integers(0, 1),
 )
-
-
-def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
-    """Empty parts full of NaNs and set bits: what was not written must not be read."""
-    return [
-        torch.full((batch, heads, -(-capacity // 32), fmt.page_bytes), 255, dtype=torch.uint8, device=device),
-        torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
-    ]
 
 
 def assert_same(ours, theirs, fmt):
@@ -93,16 +81,7 @@ def test_append_stores_what_the_reference_stores(triton_device, data):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_pages_are_the_references_bytes(triton_device, bits):
-    fmt = PackedFormat(128, bits, centred=True)
-    new = torch.randn(1, 1, 220, 128, generator=torch.Generator().manual_seed(bits))
-    ours, theirs = make_store(1, 1, 220, fmt, torch.float32, triton_device), make_store(1, 1, 220, fmt, torch.float32)
-    ops.append(*theirs, new, None, str(fmt))
-    append(*ours, new.to(triton_device), None, str(fmt))
-    pages = [store[0][:, :, 1 : int(theirs[2][1]) // 32].cpu() for store in (ours, theirs)]
-    # The first page's own mean is what the head's centre leaves of it: rounding noise.
-    assert (pages[0][..., 16:] == pages[1][..., 16:]).float().mean() >= 0.999
-    heads = [part[..., :8].contiguous().view(torch.float32) for part in pages]
-    assert torch.isclose(*heads, rtol=1e-4).float().mean() >= 0.98
+    check_bytes(append, bits, 1, 1, 220, triton_device)
 
 
 @given(data=st.data())

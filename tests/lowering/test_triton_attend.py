@@ -1,12 +1,14 @@
 """Attention and reading of the Triton provider against the reference; without a GPU in Triton's interpreter."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.lowering.common import DTYPES, arguments, check_attend, compare, draw_arguments, drawn, filled
 from tqc import ops
 from tqc.format import PackedFormat
 
@@ -14,11 +16,7 @@ triton = pytest.importorskip("triton")
 from tqc.lowering import triton as provider  # noqa: E402
 from tqc.lowering.triton import tuning  # noqa: E402
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The reference rounds stored tokens to the dtype before it multiplies.
-EPSILON = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-
-drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+check = partial(check_attend, provider.attend)
 
 
 @pytest.fixture(autouse=True)
@@ -27,82 +25,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def make_store(batch, heads, length, fmt, dtype, device, seed=0, pages=None):
-    """`length` tokens; what holds no token is NaN, in codes, scales and dense slots."""
-    pages = fmt.packed_tokens(length) // 32 + 1 if pages is None else pages
-    store = [
-        torch.full((batch, heads, pages, fmt.page_bytes), 255, dtype=torch.uint8),
-        torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype),
-        torch.zeros(2, dtype=torch.int64),
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    mean = torch.randn(1, heads, 1, fmt.head_dim, generator=generator)
-    tokens = torch.randn(batch, heads, length, fmt.head_dim, generator=generator) + mean
-    ops.append(*store, tokens.to(dtype), None, str(fmt))
-    return [part.to(device) for part in store]
-
-
-def compare(actual, expected, dtype):
-    """Equal up to rounding, and equal in where they are not finite."""
-    actual, expected = actual.float().cpu(), expected.float().cpu()
-    assert actual.shape == expected.shape
-    bad = ~torch.isfinite(expected)
-    assert torch.equal(bad, ~torch.isfinite(actual))
-    largest = expected[~bad].abs().max().item() if (~bad).any() else 1.0
-    torch.testing.assert_close(actual[~bad], expected[~bad], atol=EPSILON[dtype] * max(largest, 1.0), rtol=0)
-
-
-def arguments(
-    k_fmt, v_fmt, length, device, *, batch=1, heads=1, group=2, rows=1, new=None, dtype=torch.float16, **given
-):
-    """Of `attend`; `new`: how many new tokens, -1 for None; `given`: arguments by name."""
-    generator = torch.Generator().manual_seed(length)
-    new = rows if new is None else new
-    key = value = None
-    if new >= 0:  # one of them as a projection leaves it
-        key = torch.randn(batch, new, heads, k_fmt.head_dim, generator=generator).to(device, dtype).transpose(1, 2)
-        value = torch.randn(batch, heads, new, v_fmt.head_dim, generator=generator).to(device, dtype)
-    result = dict(
-        query=torch.randn(batch, rows, heads * group, k_fmt.head_dim, generator=generator)
-        .to(device, dtype)
-        .transpose(1, 2),
-        **dict(
-            zip(
-                ("k_pages", "k_dense", "k_state"),
-                make_store(batch, heads, length, k_fmt, dtype, device, 1),
-                strict=True,
-            )
-        ),
-        **dict(
-            zip(
-                ("v_pages", "v_dense", "v_state"),
-                make_store(batch, heads, length, v_fmt, dtype, device, 2),
-                strict=True,
-            )
-        ),
-        key=key,
-        value=value,
-        attn_mask=None,
-        sinks=None,
-        start=None,
-        scale=k_fmt.head_dim**-0.5,
-        softcap=0.0,
-        is_causal=True,
-        k_spec=str(k_fmt),
-        v_spec=str(v_fmt),
-    )
-    return {**result, **given}
-
-
-def check(given):
-    expected, expected_lse = ops.attend(**given)
-    actual, lse = provider.attend(**given)
-    dtype = given["query"].dtype
-    assert actual.dtype == dtype and actual.transpose(1, 2).is_contiguous()
-    compare(actual, expected, dtype)
-    compare(lse, expected_lse, dtype)
 
 
 def formats(k_bits, v_bits, k_dim=64, v_dim=None, k_centred=True, v_centred=False, sinks=4):
@@ -131,24 +53,6 @@ def test_both_centred_or_neither(triton_device):
     check(arguments(*formats(2, 4, k_centred=False, v_centred=True, sinks=0), 100, triton_device, rows=2))
 
 
-def draw_mask(data, batch, heads, rows, columns, generator):
-    kind = data.draw(st.sampled_from(["none", "none", "bool", "float", "model dtype", "wide", "all false"]))
-    if kind == "none":
-        return None
-    if kind == "wide":
-        columns += data.draw(st.integers(1, 150))
-    shape = [data.draw(st.sampled_from([1, size])) for size in (batch, heads, rows)] + [columns]
-    shape = shape[data.draw(st.integers(0, 3)) :]
-    if kind in ("bool", "wide", "all false"):
-        mask = torch.rand(shape, generator=generator) < (0.0 if kind == "all false" else 0.7)
-    else:
-        mask = torch.randn(shape, generator=generator).to(torch.float32 if kind == "float" else torch.bfloat16)
-        mask = mask.masked_fill(torch.rand(shape, generator=generator) < 0.3, -math.inf)
-    if mask.ndim >= 2 and data.draw(st.booleans()):
-        mask = mask.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return mask
-
-
 @given(data=st.data())
 @settings(drawn, max_examples=12)
 def test_attend(triton_device, data):
@@ -158,33 +62,7 @@ def test_attend(triton_device, data):
     batch, heads, group = data.draw(st.sampled_from([(1, 1, 3), (2, 1, 1), (1, 2, 2)]))
     length = data.draw(st.sampled_from([0, 3, 40, 120]))
     rows = data.draw(st.sampled_from([1, 1, 2, 7, 20]))
-    new = data.draw(st.sampled_from([-1, 0, rows, rows, rows, 2 * rows + 1]))
-    start = data.draw(st.sampled_from([None, None, length, max(0, length - 50), length // 2, length + 11]))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    columns = (length if start is None else start) + max(new, 0)
-    mask = draw_mask(data, batch, heads * group, rows, columns, generator)
-    dtype = data.draw(st.sampled_from(DTYPES))
-    sinks = torch.randn(heads * group, generator=generator).to(triton_device, dtype)
-    check(
-        arguments(
-            k_fmt,
-            v_fmt,
-            length,
-            triton_device,
-            batch=batch,
-            heads=heads,
-            group=group,
-            rows=rows,
-            new=new,
-            dtype=dtype,
-            attn_mask=None if mask is None else mask.to(triton_device),
-            sinks=data.draw(st.sampled_from([None, sinks])),
-            start=None if start is None else torch.tensor([start, 77], device=triton_device),
-            scale=data.draw(st.sampled_from([k_fmt.head_dim**-0.5, 0.3])),
-            softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
-            is_causal=data.draw(st.booleans()),
-        )
-    )
+    check(draw_arguments(data, k_fmt, v_fmt, length, rows, triton_device, batch=batch, heads=heads, group=group))
 
 
 def test_prefill_takes_several_blocks_of_rows(triton_device):
@@ -236,8 +114,7 @@ def test_pages_in_any_order(triton_device, rows):
     k_fmt, v_fmt = formats(3, 4, 32)
     lengths, padding = [150, 3, 70], [20, 0, 5]
     stores = [
-        [make_store(1, 2, n, fmt, torch.float16, "cpu", n + fmt.bits, pages=6) for n in lengths]
-        for fmt in (k_fmt, v_fmt)
+        [filled(1, 2, n, fmt, torch.float16, n + fmt.bits, capacity=192) for n in lengths] for fmt in (k_fmt, v_fmt)
     ]
     table = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:9].reshape(3, 3).int()
     pools = []
@@ -282,7 +159,7 @@ def test_pages_in_any_order(triton_device, rows):
 def test_read(triton_device, bits):
     head_dim, dtype = (64, 80, 32)[bits % 3], DTYPES[bits % 3]
     fmt = PackedFormat(head_dim, bits, bits != 4, bits % 2 * 4, 32, rotation="haar" if bits == 5 else "hadamard")
-    store = make_store(1, 2, 100, fmt, dtype, triton_device)
+    store = filled(1, 2, 100, fmt, dtype, device=triton_device)
     for length in (0, 2, 50, 100, 107):
         actual = provider.read(*store, length, str(fmt))
         assert actual.dtype == dtype and actual.is_contiguous()

@@ -26,8 +26,9 @@ HEADER_LOADS = {8: 4, 32: 5}
 
 def check(row):
     assert row["registers"] <= 255 and row["shared_bytes"] <= SHARED_LIMIT[row["arch"]]
-    # Known: appending float32 at head_dim 256 spills a little, and on sm_120 all calls of it do, around their loops.
-    if not (" d256 " in row["case"] and row["case"].endswith("float32") and row["local_bytes"] <= 40):
+    # Known: on sm_120 attention in float32 spills a little around its loops at head_dim 256.
+    known = row["arch"] == "sm_120" and row["kernel"] == "attend_kernel" and re.search(" d256 .*float32$", row["case"])
+    if not (known and row["local_bytes"] <= 40):
         assert row["local_bytes"] == 0 and row["local_instructions"] == 0, "registers are spilled"
     name = re.fullmatch(r"(\w+(?: \d+)?) d(\d+) k(\d)v(\d) ?(\w*)", row["case"])
     call, head_dim, k_bits, v_bits, dtype = name.groups()
@@ -103,3 +104,22 @@ def test_the_rules_can_be_broken(broken):
     check(row)
     with pytest.raises(AssertionError):
         check(row | broken)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *({"arch": arch} for arch in SHARED_LIMIT if arch != "sm_120"),
+        {"case": "decode d128 k4v2 float32"},
+        {"case": "decode d256 k4v2"},
+        {"kernel": "merge_kernel"},
+        {"local_bytes": 44},
+    ],
+)
+def test_nothing_else_may_spill_as_sm_120_does(broken):
+    rows = [row for row in TABLE if row["local_bytes"]]
+    assert {row["case"] for row in rows} == {"decode d256 k4v2 float32", "chunk d256 k4v2 float32"}
+    for row in rows:
+        check(row)
+        with pytest.raises(AssertionError, match="registers are spilled"):
+            check(row | broken)

@@ -153,7 +153,7 @@ def test_torch_sees_the_kernels_and_what_they_write(over_cuda):
     }
 
 
-@pytest.mark.parametrize("tracer", ["dynamo", "make_fx"])
+@pytest.mark.parametrize("tracer", ["dynamo", "make_fx", "export"])
 def test_tracers_keep_the_ops(over_cuda, tracer):
     """Dynamo without a graph break."""
     assert over_cuda["unfolded"][tracer] == [f"{traced_ops.NAMESPACE}.{name}" for name in ("attend", "append_pair")]

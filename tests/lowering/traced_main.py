@@ -113,6 +113,11 @@ def step(*args: torch.Tensor) -> torch.Tensor:
     return out * 2
 
 
+class Step(torch.nn.Module):
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return step(*args)
+
+
 def own_cache(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`step` on a cache that the graph makes (writing to its inputs takes a CUDA build of torch, even for fakes)."""
     store = [part + 1 for part in args[4:10]]
@@ -154,8 +159,9 @@ def unfolded() -> dict[str, Any]:
     args = arguments(mode)
     with tracing(TracingContext(mode)), torch.no_grad():
         aot_module_simplified(graph_of(lambda *a: (step(*a),), len(args)), args, fw_compiler=compiler)
-    with mode:
+    with mode, torch.no_grad():
         found["make_fx"] = op_names(make_fx(step)(*args))
+        found["export"] = op_names(torch.export.export(Step(), tuple(args)).graph_module)
 
     def dynamo(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         found["dynamo"] = op_names(gm)

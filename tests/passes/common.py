@@ -53,6 +53,10 @@ def only_site(plans: list[Plan]) -> Site:
     return plans[0].sites[0]
 
 
+def notes(plans: list[Plan]) -> str:
+    return "; ".join(note for plan in plans for site in plan.sites for note in site.notes)
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """The worst vector's error, relative to a typical vector's length."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype

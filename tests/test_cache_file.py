@@ -1,0 +1,191 @@
+"""Files of caches: damaged and hostile ones are refused, and those of version 1 load for ever."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+from tests.common import packed_cache
+from tqc.cache_io import CacheFileError, load_cache, save_cache
+from tqc.packed_tensor import PackedTensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def damaged(path: Path, change: Any) -> Path:
+    """A copy of the file at `path` whose tensors and description `change(tensors, description, metadata)` altered."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    description = json.loads(metadata["cache"])
+    before = metadata["cache"]
+    change(tensors, description, metadata)
+    if metadata.get("cache") == before:
+        metadata["cache"] = json.dumps(description)
+    result = path.with_name("damaged.safetensors")
+    save_file(tensors, result, metadata=metadata)
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
+    save_cache(packed_cache(100, layers=1), path)
+    return path
+
+
+def _set(**numbers: Any):
+    return lambda tensors, description, metadata: description["layers"][0]["keys"].update(numbers)
+
+
+def _layer(**numbers: Any):
+    return lambda tensors, description, metadata: description["layers"][0].update(numbers)
+
+
+def _tensor(name: str, change: Any):
+    return lambda tensors, *_: tensors.update({f"layers.0.{name}": change(tensors[f"layers.0.{name}"]).contiguous()})
+
+
+def _state(*numbers: int):
+    return _tensor("keys.state", lambda state: torch.tensor(numbers, dtype=torch.int64))
+
+
+def _metadata(**fields: Any):
+    def change(tensors, description, metadata):
+        metadata.update(fields)
+        for name in [name for name, text in fields.items() if text is None]:
+            del metadata[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_metadata(tqc_cache=None), "is not a tqc cache"),
+        (_metadata(tqc_cache="2"), "version '2', and this package reads version 1"),
+        (_metadata(cache="{"), "not JSON"),
+        (_metadata(cache="[" * 100_000), "not JSON"),
+        (_metadata(cache="[]"), "no 'kind'"),
+        (lambda t, d, m: d.update(kind="OffloadedCache"), "unknown kind 'OffloadedCache'"),
+        (lambda t, d, m: d.update(layers=3), "no 'layers'"),
+        (lambda t, d, m: d.pop("grows"), "no 'grows'"),
+        (lambda t, d, m: d.update(kind="tuple"), "layers.0 is not a list"),
+        (_layer(kind="os.system"), "unknown kind: layers.0 is a 'os.system'"),
+        (_layer(kind="DummyLayer"), "a layer that holds none"),
+        (_layer(kind="StaticLayer"), "no 'max_cache_len'"),
+        (_layer(kind="StaticLayer", max_cache_len=64, cumulative_length=0), "keys for 100 tokens"),
+        (_layer(kind="StaticLayer", max_cache_len=True, cumulative_length=0), "no 'max_cache_len'"),
+        (_layer(kind="DynamicSlidingWindowLayer", sliding_window=8, cumulative_length=9, record_past=0), "keys for"),
+        (_layer(values=None), "only one of keys and values"),
+        (_layer(keys=None, values=None), "belongs to nothing"),
+        (_set(kind="pickle"), "unknown kind 'pickle'"),
+        (_set(spec="tq1:d16"), "malformed spec"),
+        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0"), "version 1"),
+        (_set(spec="tq1:d16:b3:centred:s4:w032:hadamard:0"), "malformed spec"),
+        (_set(spec="tq1:d16:b9:centred:s4:w32:hadamard:0"), "bits must be"),
+        (_set(spec="tq1:d24:b3:centred:s4:w32:hadamard:0"), r"keys.dense of shape \[2, 2, 37, 16\]"),
+        (_set(spec="tq1:d16:b4:centred:s4:w32:hadamard:0"), "keys.pages of shape"),
+        (_set(length=-1), "'length' of layers.0.keys is -1"),
+        (_set(length=2**70), "'length'"),
+        (_set(length="100"), "no 'length' that is a int"),
+        (_set(length=2**40), "tokens long"),
+        (_set(length=99), "is 99 tokens long and holds 100"),
+        (_set(length=101), "keys .* and values"),
+        (_state(100, 0), "are packed, which cannot be"),
+        (_state(100, 96 + 32), "are packed, which cannot be"),
+        (_state(100, 65), "are packed, which cannot be"),
+        (_state(100, 96), "keys.pages of shape"),
+        (_state(-1, 0), "holds -1"),
+        (_state(100,), "keys.state of shape"),
+        (_tensor("keys.state", lambda x: x.int()), "keys.state of shape .* I32"),
+        (_tensor("keys.pages", lambda x: x[:, :, :1]), "keys.pages of shape"),
+        (_tensor("keys.pages", lambda x: x[:1]), "keys.pages of shape"),
+        (_tensor("keys.pages", lambda x: x.to(torch.int8)), "keys.pages of shape .* I8"),
+        (_tensor("keys.dense", lambda x: x[..., :8]), "keys.dense of shape"),
+        (_tensor("keys.dense", lambda x: x.double()), "keys.dense of dtype F64"),
+        (_tensor("keys.dense", lambda x: x[0]), "keys.dense of shape"),
+        (_tensor("values.dense", lambda x: x.bfloat16()), "keys .* F32 and values .* BF16"),
+        (lambda t, d, m: t.pop("layers.0.keys.pages"), "lacks the tensor 'layers.0.keys.pages'"),
+        (lambda t, d, m: t.update(extra=torch.zeros(1)), "belongs to nothing: 'extra'"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused(change, message, saved):
+    path = damaged(saved, change)
+    with pytest.raises(CacheFileError, match=message) as error:
+        load_cache(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_files_that_are_cut_short(saved, tmp_path):
+    whole = saved.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with pytest.raises(CacheFileError, match="not a tqc cache, or it is truncated"):
+            load_cache(tmp_path / "cut")
+    with pytest.raises(FileNotFoundError):
+        load_cache(tmp_path / "none")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_headers_load_or_raise_one_error(data, saved, tmp_path):
+    """Whatever stands in the header, loading ends in a cache or in a CacheFileError."""
+    whole = bytearray(saved.read_bytes())
+    (header,) = struct.unpack("<Q", whole[:8])
+    for _ in range(data.draw(st.integers(1, 3))):
+        position = data.draw(st.integers(0, 8 + header - 1))
+        whole[position] = data.draw(st.sampled_from(b'0123456789"{}[],:-dbsw\x00\xff') | st.integers(0, 255))
+    path = tmp_path / "fuzzed"
+    path.write_bytes(whole)
+    try:
+        load_cache(path)
+    except CacheFileError:
+        pass
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["dense", "packed"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_descriptions_load_or_raise_one_error(data, saved):
+    def change(tensors, description, metadata):
+        places = [description, description["layers"][0], *(description["layers"][0][p] for p in ("keys", "values"))]
+        place = data.draw(st.sampled_from(places))
+        place[data.draw(st.sampled_from(sorted(place)))] = data.draw(_JSON)
+
+    try:
+        load_cache(damaged(saved, change))
+    except CacheFileError:
+        pass
+
+
+def test_files_of_version_1_load_for_ever():
+    cache = load_cache(GOLDEN / "cache_v1.safetensors")
+    assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 75
+    with safe_open(GOLDEN / "cache_v1_values.safetensors", framework="pt") as expected:
+        for name in ("0.keys", "0.values", "1.keys", "1.values"):
+            layer, part = name.split(".")
+            found = getattr(cache.layers[int(layer)], part)
+            assert isinstance(found, PackedTensor) == (layer == "0")
+            torch.testing.assert_close(found.clone() + 0, expected.get_tensor(name))
