@@ -191,8 +191,8 @@ def _with_last_uses(instructions: list[tuple[Any, ...]], returned: tuple[int, ..
 
 def _arguments(node: Node) -> dict[str, Any]:
     """Arguments of an attention by the names of its function."""
-    normalized = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # type: ignore[arg-type]
-    return dict(normalized.kwargs)  # type: ignore[union-attr]
+    normalized = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
+    return dict(normalized.kwargs)
 
 
 def link(outer: GraphModule) -> list[Chain]:
@@ -257,13 +257,13 @@ def _runs(outer: GraphModule) -> Iterator[list[Node]]:
 
 def _end(node: Node) -> bool:
     """Whether a chain can end here: at an attention or one of its results."""
-    return node.target in _ATTENTION or (node.target is operator.getitem and node.args[0].target in _ATTENTION)  # type: ignore[union-attr]
+    return node.target in _ATTENTION or (node.target is operator.getitem and node.args[0].target in _ATTENTION)
 
 
 def _fits(outer: GraphModule, node: Node, run: list[Node]) -> bool:
     """Whether `node` can be run behind the nodes of `run`."""
     if node.op == "call_module":
-        return outer.get_submodule(node.target).can_be_linked  # type: ignore[arg-type,return-value]
+        return outer.get_submodule(node.target).can_be_linked
     if node.target is operator.getitem:
         return node.args[0] in run
     if node.target not in _ATTENTION:

@@ -15,9 +15,9 @@ namespace tqc {
 
 using Handle = AtenTensorHandle;
 
-inline DLPackExchangeAPI* exchange;
-inline PyObject *formats, *on_unknown_spec, *empty_strided, *keyword_dtype, *name_contiguous;
-inline PyObject* torch_dtypes[3];
+// Not inline: the modules of two levels in one process would share such variables.
+extern DLPackExchangeAPI* exchange;
+extern PyObject *formats, *on_unknown_spec, *name_contiguous;
 
 struct Failure {};  // a Python error is set
 

@@ -7,8 +7,12 @@ Pool pool;
 bool use_int8 = true;
 float scale_factors[256];
 thread_local Scratch scratch;
+DLPackExchangeAPI* exchange;
+PyObject *formats, *on_unknown_spec, *name_contiguous;
 
 namespace {
+
+PyObject *empty_strided, *keyword_dtype, *torch_dtypes[3];
 
 PyObject* allocate(int ndim, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
   PyObject *size = PyTuple_New(ndim), *stride = PyTuple_New(ndim);
