@@ -51,6 +51,15 @@ inline vb pick(const uint8_t* table, vb codes, int mask) {
 #endif
 }
 
+// The bits of a that are in `mask`, which is the same for each byte, and the others of b.
+inline vb either(vb a, vb b, uint8_t mask) {
+#if defined(__AVX512F__)
+  return (vb)_mm512_ternarylogic_epi32(_mm512_set1_epi8(mask), (__m512i)a, (__m512i)b, 0xca);
+#else
+  return (a & mask) | (b & uint8_t(~mask));
+#endif
+}
+
 // `size` bytes from p on, again and again; a power of two of at least 4.
 template <int size>
 inline vb repeat(const uint8_t* p) {

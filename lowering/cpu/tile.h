@@ -8,8 +8,6 @@ namespace tqc {
 extern thread_local Scratch scratch;
 extern bool use_int8;  // tests turn it off
 
-constexpr int TILE = (UNSIGNED_MAX == 255 ? 4 : 1) * PAGE;  // weights of 7 bits need a scale for each page
-constexpr int TILE_PAGES = TILE / PAGE;
 constexpr int SCORES_LD = TILE + PAD;  // no power of two: rows would share a set of the cache
 
 // Broadcast to [batch, query heads, rows, columns] by byte strides, 0 where an axis is of size 1.
@@ -89,11 +87,8 @@ struct Tile {
       int8_t* row = query8 + r * query_bytes();
       memset(row, 0, query_bytes());
       query_step[r] = quantize_query(row, query_sum + r, rotated + r * ldk, ldk);
-      for (int i = 0; i < ldk; i += 16) {
-        const vb lanes = repeat<16>((uint8_t*)row + i);
-        memcpy(query_lanes + (r * ldk + i) * LANES, &lanes, BYTES);
-      }
     }
+    if (int8) put_query(query_lanes, query8, query_bytes(), count, ldk / 16, layout_k);
     for (int r = 0; r < count; ++r) {
       score_rows[r] = {};
       score_rows[r].variance = 0.5f * fk.score_variance * dot(query + r * ldk, query + r * ldk, ldk);
@@ -159,7 +154,7 @@ struct Tile {
       }
     }
     const Planes planes(first_page, bytes, pages, codes, f, layout_k);
-    score_codes({scores, SCORES_LD, tokens, count, planes, layout_k, f.levels8_biased, query_lanes, ldk * LANES, score_rows, scales},
+    score_codes({scores, SCORES_LD, tokens, count, planes, layout_k, f.levels8_biased, query_lanes, score_rows, scales},
                 Prefetch(first_page + pages * bytes, pages * bytes, tokens / W));
   }
 
@@ -325,8 +320,8 @@ struct Tile {
       factor[r] = quantize_weights(weights8 + r * TILE, scores + r * SCORES_LD, pages * PAGE, factor[r]) * f.level8_step;
     if (finite) {
       const Planes planes(page, bytes, pages, codes, f, layout_v);
-      return sum_codes({out, ldv, pages * PAGE, count, planes, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor},
-                       Prefetch(page + pages * bytes, pages * bytes, pages * PAGE / 4 * layout_v.chunks));
+      return sum_codes({out, ldv, pages * PAGE, count, planes, layout_v, (const uint8_t*)f.levels8, weights8, factor},
+                       Prefetch(page + pages * bytes, pages * bytes, pages * layout_v.chunks));
     }
     for (int p = 0; p < pages; ++p) {
       decode_levels(page + p * bytes, 0, PAGE);

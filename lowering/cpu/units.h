@@ -30,6 +30,10 @@ constexpr bool HALF = dim == 64 && bits % 2;
 template <int bits, int dim>
 constexpr int BLOCKS = bits == AS_BYTES ? 1 : HALF<bits, dim> ? 4 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
 
+// The order in which sums take blocks: with 3 bits those of one chunk of the wider plane follow each other.
+template <int bits, int dim>
+constexpr int nth_block(int i) { return bits == 3 && !HALF<bits, dim> ? i % 4 * 2 + i / 4 : i; }
+
 template <int shift>
 inline vb shifted(vb x) {
   if constexpr (shift > 0) return (vb)((vu)x >> shift);
@@ -151,7 +155,7 @@ struct Chunk {
     if constexpr (bits == 3) {
       const vb low = shifted<half ? 2 * block : block / 2 * 2>(first[half ? 0 : block % 2][i]);
       const vb high = shifted<(half ? 2 * block : block) - 2>(second[i]);
-      return pick(table, (low & 3) | (high & uint8_t(~3)), mask);
+      return pick(table, either(low, high, 3), mask);
     } else {
       return pick(table, shifted<half ? 2 * block : bits * block>(first[0][i]), mask);
     }
