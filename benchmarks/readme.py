@@ -91,6 +91,13 @@ _ATTENTION_FULL = [
     *((f"{bits}_over_bf16", f"{bits[:2].upper()} {bits[2:].upper()} over bf16", ".1f") for bits in ("k4v2", "k4v4")),
     *((f"{bits}_of_floor", f"{bits[:2].upper()} {bits[2:].upper()} of floor", ".2f") for bits in ("k4v2", "k4v4")),
 ]
+_BITS = ("k4v2", "k3v3", "k4v4", "k5v5", "k6v6", "k7v7", "k8v8")
+_LEVELS = [
+    ("heads_dim", "heads", ""),
+    ("length", "tokens", ",d"),
+    *((f"{bits}_us", f"µs, {bits[:2].upper()} {bits[2:].upper()}", ",.0f") for bits in _BITS),
+    *((f"{bits}_ratio", f"{bits[:2].upper()} {bits[2:].upper()}, AVX2 over it", ".1f") for bits in _BITS),
+]
 BEST_PEERS = (
     "tqc default",
     "Inductor, DynamicCache",
@@ -110,7 +117,7 @@ class Table:
     shows: Callable[[dict[str, Any]], bool] = lambda row: True
 
 
-# The tables of each document in their order, by result file. README.md shows any other file with all its fields.
+# The tables of each document in their order, by result file. README.md shows files of no document with all their fields.
 _ATTENTION = "Decode attention, the least time of a call"
 DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {
@@ -133,6 +140,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),
         "generate_peers": Table("Decoding, beside others on the CPU", _PEERS_FULL),
         "attention": Table(_ATTENTION, _ATTENTION_FULL),
+        "levels": Table("Decode attention with AVX-512, and with AVX2 on the same processor", _LEVELS),
     },
 }
 
@@ -209,7 +217,8 @@ def render(document: str, text: str) -> str:
     found, known = {result["name"]: result for result in results()}, DOCUMENTS[document]
     sections = [section(found[name], table) for name, table in known.items() if name in found]
     if document == "README.md":
-        sections += [section(result, all_fields(result)) for name, result in found.items() if name not in known]
+        shown = set().union(*DOCUMENTS.values())
+        sections += [section(result, all_fields(result)) for name, result in found.items() if name not in shown]
     tables = "\n\n".join(sections) or "Not measured yet."
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 

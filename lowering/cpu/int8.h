@@ -29,6 +29,13 @@ template <int size>
 inline vi halves_by_lane(vi a, vi b) { return zip_low<size>(a, b) + zip_high<size>(a, b); }
 // Lane by lane, the sums of the 4 dwords of each of 4 vectors.
 inline vi sums_by_lane(const vi (&x)[4]) { return halves_by_lane<8>(halves_by_lane<4>(x[0], x[1]), halves_by_lane<4>(x[2], x[3])); }
+// Sums of neighbouring dwords, those of a and then those of b within each lane of 16 bytes.
+template <int... I>
+inline vi neighbours_added(vi a, vi b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + I % 4 / 2 * n)...) +
+         __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + 1 + I % 4 / 2 * n)...);
+}
 template <int... I>
 inline vi in_token_order(vi x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, (I % LANES * 4 + I / LANES)...);
@@ -57,6 +64,18 @@ struct ScoreArgs {
   const ScoreRow* rows;  // [count]
   const float* scales;   // [tokens]
 };
+
+// Scores of W tokens from t on, of `rows` rows; see `halves_by_lane` for `pairs`.
+template <int rows>
+inline void put_scores(const ScoreArgs& a, int row, int t, const vi (&pairs)[rows][2]) {
+  const vf scale = load(a.scales + t);
+  for (int r = 0; r < rows; ++r) {
+    const ScoreRow& as = a.rows[row + r];
+    const vi products = in_token_order(halves_by_lane<8>(pairs[r][0], pairs[r][1]), std::make_integer_sequence<int, W>{});
+    const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
+    store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
+  }
+}
 
 template <int bits, int dim, int rows, int vectors, int block = 0>
 inline void score_blocks(vi (&sum)[rows][vectors], const Chunk<bits, dim, false, vectors / PARTS>& codes, const uint8_t* table,
@@ -87,13 +106,7 @@ inline void score_rows(const ScoreArgs& a, int row, Prefetch& ahead) {
       for (int r = 0; r < rows; ++r)
         for (int i = 0; i < vectors; i += 2) pairs[r][(half + i) / 2] = halves_by_lane<4>(sum[r][i], sum[r][i + 1]);
     }
-    const vf scale = load(a.scales + t);
-    for (int r = 0; r < rows; ++r) {
-      const ScoreRow& as = a.rows[row + r];
-      const vi products = in_token_order(halves_by_lane<8>(pairs[r][0], pairs[r][1]), std::make_integer_sequence<int, W>{});
-      const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
-      store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
-    }
+    put_scores<rows>(a, row, t, pairs);
   }
 }
 
@@ -219,15 +232,15 @@ inline float quantize_query(int8_t* out, int32_t* sum, const float* q, int ld) {
   return peak / 127.0f;
 }
 
-// Groups of rows as `score_rows` takes them: pieces of 16 elements in the order in which it meets them, each repeated
-// to a whole vector. q8 is [count, ldq].
-inline void put_query(int8_t* out, const int8_t* q8, int ldq, int count, int pieces, const Layout& layout) {
+// Groups of rows as `score_rows` takes them: pieces of 16 bytes in the order in which it meets them, each repeated
+// to a whole vector. `q` is [count, ldq] bytes.
+inline void put_query(int8_t* out, const int8_t* q, int ldq, int count, int pieces, int chunks, const Layout& layout) {
   for (int row = 0, rows; row < count; row += rows) {
     rows = score_rows_at_once(count - row, layout);
-    for (int c = 0; c < layout.chunks; ++c)
-      for (int piece = c; piece < pieces; piece += layout.chunks)
+    for (int c = 0; c < chunks; ++c)
+      for (int piece = c; piece < pieces; piece += chunks)
         for (int r = 0; r < rows; ++r, out += BYTES) {
-          const vb lanes = repeat<16>((const uint8_t*)q8 + (row + r) * ldq + 16 * piece);
+          const vb lanes = repeat<16>((const uint8_t*)q + (row + r) * ldq + 16 * piece);
           memcpy(out, &lanes, BYTES);
         }
   }

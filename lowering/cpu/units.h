@@ -7,7 +7,9 @@ namespace tqc {
 
 constexpr int UNIT = 64;
 constexpr int PARTS = UNIT / BYTES;
-constexpr int AS_BYTES = 0;  // in place of the bits: rows of planes are no whole number of 16 bytes, codes are unpacked first
+// In place of the bits: codes are a byte each, unpacked first unless they are 8 bits. So are those of more than 4 bits, and
+// where rows of planes are no whole number of 16 bytes.
+constexpr int AS_BYTES = 0;
 
 // How the codes of a format are read. Each 16 bytes of the narrowest plane's rows give `BLOCKS` blocks of 16 elements.
 struct Layout {
@@ -18,7 +20,7 @@ struct Layout {
   explicit Layout(const Format& f) {
     const int narrowest = f.dim * (f.bits & -f.bits);
     const bool half = f.dim == 64 && f.bits % 2;
-    bits = half || narrowest % 128 == 0 ? f.bits : AS_BYTES;
+    bits = f.bits <= INT8_BITS && (half || narrowest % 128 == 0) ? f.bits : AS_BYTES;
     dim = bits != AS_BYTES && (f.dim == 64 || f.dim == 128) ? f.dim : 0;
     chunks = bits == AS_BYTES ? padded(f.dim) / 16 : std::max(1, narrowest / 128);
   }
@@ -54,7 +56,9 @@ struct Planes {
   Rows first, second;
 
   Planes(const uint8_t* page, int64_t page_bytes, int pages, uint8_t* scratch, const Format& f, const Layout& layout) {
-    if (layout.bits == AS_BYTES) {
+    if (f.bits == 8 && f.dim % 16 == 0) {
+      first = rows(page, page_bytes, f, 0);
+    } else if (layout.bits == AS_BYTES) {
       const int ld = padded(f.dim);
       for (int p = 0; p < pages; ++p) unpack_page(scratch + p * PAGE * ld, ld, page + p * page_bytes, f);
       first = {scratch, PAGE * ld, ld};
