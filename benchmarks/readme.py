@@ -117,7 +117,7 @@ class Table:
     shows: Callable[[dict[str, Any]], bool] = lambda row: True
 
 
-# The tables of each document in their order, by result file. README.md shows files of no document with all their fields.
+# The tables of each document in their order, by result file. README.md shows files of no document, with all fields.
 _ATTENTION = "Decode attention, the least time of a call"
 DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {

@@ -4,7 +4,7 @@
     python benchmarks/cpu/attention.py --quick              batch 1, up to 32,768 tokens
     python benchmarks/cpu/attention.py --resume --minutes 2 what is not in the file yet, and stop after two minutes
     python benchmarks/cpu/attention.py --prepare            only compile and set up
-    python benchmarks/cpu/attention.py --levels             the provider alone, each of `LEVELS` by turns, into levels.json
+    python benchmarks/cpu/attention.py --levels             instruction sets against each other, into levels.json
 
 A case is a batch, a shape of heads and a length, and is written as soon as it is measured. In a case the following
 are called in turn, so that a change of the machine's speed meets all (the first line five times as often as the dense
@@ -232,16 +232,13 @@ def overheads() -> dict[str, float]:
 
 
 def levels_row(shape: tuple[int, int, int], length: int) -> dict[str, Any]:
-    """Least times of `attend` with each of `LEVELS`, called in turn, and those of the second over the first."""
-    calls: Calls = {}
-    pairs = (*BITS, (5, 5), (6, 6), (7, 7), (8, 8))
-    for level in LEVELS:
-        found, _ = packed_calls(1, shape, length, cpu._loaded(level).attend, pairs)
-        calls.update({f"{level} {name}": call for name, call in found.items()})
-    times = repeat_times(calls, 2.0)
+    """Least times of `attend` with the first of `LEVELS`, and of the second over it, both called in turn."""
     row: dict[str, Any] = {"heads_dim": f"{shape[0]}/{shape[1]} x {shape[2]}", "length": length}
-    for k, v in pairs:
-        best, other = (1e6 * min(times[f"{level} tqc K{k} V{v}"]) for level in LEVELS)
+    for k, v in (*BITS, (5, 5), (6, 6), (7, 7), (8, 8)):
+        calls: Calls = {}
+        for level in LEVELS:
+            calls[level] = next(iter(packed_calls(1, shape, length, cpu._loaded(level).attend, [(k, v)])[0].values()))
+        best, other = (1e6 * min(times) for times in repeat_times(calls, 0.5).values())
         row[f"k{k}v{v}_us"] = round(best, 1)
         row[f"k{k}v{v}_ratio"] = round(other / best, 2)
     return row

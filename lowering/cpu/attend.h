@@ -116,8 +116,8 @@ inline void attend(const AttendArgs& a) {
   const int threads = products < 5e5 ? 1 : available_threads();
 
   // Splits that give all threads as much to do, and more of them, which a thread that falls behind leaves to others,
-  // where each has 32 pages or more: the rotated query is made for each anew. The last one takes the dense tokens too and
-  // has so many pages less.
+  // where each has 32 pages or more: the query is rotated for each anew. The last takes the dense tokens too and so many
+  // pages less.
   const int64_t dense_pages = DENSE_COST * (a.columns - packed) / PAGE, work = pages + dense_pages;
   const int64_t even = threads / std::gcd(groups, int64_t(threads)), many = (4 * threads + groups - 1) / groups;
   int64_t splits = std::max(std::min(even, work / 8), std::min(many, work / 32));

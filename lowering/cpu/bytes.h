@@ -78,7 +78,8 @@ inline vb pick_of_many(const uint8_t* table, vb codes) {
   const __m512i x = (__m512i)codes;
   if constexpr (bits <= 6) return (vb)_mm512_permutexvar_epi8(x, t[0]);
   else if constexpr (bits == 7) return (vb)_mm512_permutex2var_epi8(t[0], x, t[1]);
-  else return (vb)_mm512_mask_blend_epi8(_mm512_movepi8_mask(x), _mm512_permutex2var_epi8(t[0], x, t[1]), _mm512_permutex2var_epi8(t[2], x, t[3]));
+  else return (vb)_mm512_mask_blend_epi8(_mm512_movepi8_mask(x), _mm512_permutex2var_epi8(t[0], x, t[1]),
+                                         _mm512_permutex2var_epi8(t[2], x, t[3]));
 #elif defined(__AVX2__)
   __m256i picked = _mm256_setzero_si256();
   for (int i = 0; i < 1 << bits; i += 16) {  // indices of other tables become 128 and more, which give 0
@@ -88,7 +89,8 @@ inline vb pick_of_many(const uint8_t* table, vb codes) {
   return (vb)picked;
 #elif defined(__ARM_FEATURE_DOTPROD)
   uint8x16_t picked = vqtbl4q_u8(vld1q_u8_x4(table), (uint8x16_t)codes);
-  for (int i = 64; i < 1 << bits; i += 64) picked = vqtbx4q_u8(picked, vld1q_u8_x4(table + i), (uint8x16_t)(codes - uint8_t(i)));
+  for (int i = 64; i < 1 << bits; i += 64)
+    picked = vqtbx4q_u8(picked, vld1q_u8_x4(table + i), (uint8x16_t)(codes - uint8_t(i)));
   return (vb)picked;
 #else
   for (int i = 0; i < BYTES; ++i) codes[i] = table[codes[i]];

@@ -18,25 +18,28 @@ inline void levels_of(vb (&out)[2], vb codes, const uint8_t* table) {
 // The query of `a` is of 16-bit numbers, pieces of 8 elements.
 template <int bits, int rows>
 inline void score_words(const ScoreArgs& a, int row, Prefetch& ahead) {
+  constexpr int vectors = rows > 4 ? 2 : 4;
   const int8_t* query = a.query + row * a.layout.chunks * 2 * BYTES;
   const int stride = a.planes.first.stride;
   for (int t = 0; t < a.tokens; t += W) {
     ahead.step();
-    const uint8_t* first = a.planes.first.at(t);
-    vi sum[rows][4] = {};
-    for (int c = 0; c < a.layout.chunks; ++c) {
-      vb codes[4], level[4][2];
-      for (int i = 0; i < 4; i += PARTS) unit<false, 0>(codes + i, first + 4 * i / PARTS * stride, stride, c);
-      for (int j = 0; j < 4; ++j) levels_of<bits>(level[j], codes[j], a.table);
-      for (int half = 0; half < 2; ++half)
-        for (int r = 0; r < rows; ++r) {
-          const vb q = load_as<vb>(query + ((2 * c + half) * rows + r) * BYTES);
-          for (int j = 0; j < 4; ++j) sum[r][j] = dot2(sum[r][j], level[j][half], q);
-        }
-    }
     vi pairs[rows][2];
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < 2; ++i) pairs[r][i] = halves_by_lane<4>(sum[r][2 * i], sum[r][2 * i + 1]);
+    for (int begin = 0; begin < 4; begin += vectors) {
+      const uint8_t* first = a.planes.first.at(t + begin * LANES);
+      vi sum[rows][vectors] = {};
+      for (int c = 0; c < a.layout.chunks; ++c) {
+        vb codes[vectors], level[vectors][2];
+        for (int i = 0; i < vectors; i += PARTS) unit<false, 0>(codes + i, first + 4 * i / PARTS * stride, stride, c);
+        for (int j = 0; j < vectors; ++j) levels_of<bits>(level[j], codes[j], a.table);
+        for (int half = 0; half < 2; ++half)
+          for (int r = 0; r < rows; ++r) {
+            const vb q = load_as<vb>(query + ((2 * c + half) * rows + r) * BYTES);
+            for (int j = 0; j < vectors; ++j) sum[r][j] = dot2(sum[r][j], level[j][half], q);
+          }
+      }
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; i += 2) pairs[r][(begin + i) / 2] = halves_by_lane<4>(sum[r][i], sum[r][i + 1]);
+    }
     put_scores<rows>(a, row, t, pairs);
   }
 }
@@ -80,6 +83,8 @@ inline void score_words(const ScoreArgs& a, Prefetch ahead) {
       case 2: score_words<bits, 2>(a, r, ahead); break;
       case 3: score_words<bits, 3>(a, r, ahead); break;
       case 4: score_words<bits, 4>(a, r, ahead); break;
+      case 8:
+        if constexpr (bits == 8) score_words<bits, 8>(a, r, ahead);
     }
   }
 }

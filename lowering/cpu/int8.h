@@ -28,7 +28,9 @@ struct Prefetch {
 template <int size>
 inline vi halves_by_lane(vi a, vi b) { return zip_low<size>(a, b) + zip_high<size>(a, b); }
 // Lane by lane, the sums of the 4 dwords of each of 4 vectors.
-inline vi sums_by_lane(const vi (&x)[4]) { return halves_by_lane<8>(halves_by_lane<4>(x[0], x[1]), halves_by_lane<4>(x[2], x[3])); }
+inline vi sums_by_lane(const vi (&x)[4]) {
+  return halves_by_lane<8>(halves_by_lane<4>(x[0], x[1]), halves_by_lane<4>(x[2], x[3]));
+}
 // Sums of neighbouring dwords, those of a and then those of b within each lane of 16 bytes.
 template <int... I>
 inline vi neighbours_added(vi a, vi b, std::integer_sequence<int, I...>) {
@@ -42,9 +44,9 @@ inline vi in_token_order(vi x, std::integer_sequence<int, I...>) {
 }
 
 // How many of the rows that are left share units and levels in scores. More rows take fewer tokens at a time, and so
-// more loads of the query; that pays for 3 bits, whose levels take the most steps.
+// more loads of the query; that pays where levels take the most steps.
 inline int score_rows_at_once(int left, const Layout& layout) {
-  return W == 16 && left >= 8 && layout.bits == 3 ? 8 : std::min(left, W == 8 ? 2 : 4);
+  return W == 16 && left >= 8 && layout.many_steps ? 8 : std::min(left, W == 8 ? 2 : 4);
 }
 // The same in sums.
 inline int sum_rows_at_once(int left) { return W == 16 && left >= 8 ? 8 : std::min(left, W == 16 ? 4 : 2); }
@@ -71,15 +73,16 @@ inline void put_scores(const ScoreArgs& a, int row, int t, const vi (&pairs)[row
   const vf scale = load(a.scales + t);
   for (int r = 0; r < rows; ++r) {
     const ScoreRow& as = a.rows[row + r];
-    const vi products = in_token_order(halves_by_lane<8>(pairs[r][0], pairs[r][1]), std::make_integer_sequence<int, W>{});
+    const vi sums = halves_by_lane<8>(pairs[r][0], pairs[r][1]);
+    const vi products = in_token_order(sums, std::make_integer_sequence<int, W>{});
     const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
     store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
   }
 }
 
 template <int bits, int dim, int rows, int vectors, int block = 0>
-inline void score_blocks(vi (&sum)[rows][vectors], const Chunk<bits, dim, false, vectors / PARTS>& codes, const uint8_t* table,
-                         const int8_t* query) {
+inline void score_blocks(vi (&sum)[rows][vectors], const Chunk<bits, dim, false, vectors / PARTS>& codes,
+                         const uint8_t* table, const int8_t* query) {
   vb level[vectors];
   for (int j = 0; j < vectors; ++j) level[j] = codes.template levels<block>(j, table);
   for (int r = 0; r < rows; ++r) {

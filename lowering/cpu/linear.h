@@ -130,7 +130,7 @@ inline void gemm_transposed_rows(float* out, int ldo, const float* a, const floa
       }
     }
     const vf sums = lane_sums(sum);
-    for (int r = 0; r < rows; ++r) memcpy(out + r * ldo + c, (const float*)&sums + r * columns, 4 * columns);
+    for (int r = 0; r < rows; ++r) memcpy(out + r * ldo + c, (const char*)&sums + 4 * r * columns, 4 * columns);
   }
 }
 

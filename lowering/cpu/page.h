@@ -48,12 +48,14 @@ inline Block merged(const uint8_t* const* in, int stride) {
 }
 
 template <class Block, int bits, int... field>
-inline void merge_planes(uint8_t* out, int ld, const uint8_t* page, const Format& f, std::integer_sequence<int, field...>) {
+inline void merge_planes(uint8_t* out, int ld, const uint8_t* page, const Format& f,
+                         std::integer_sequence<int, field...>) {
   const int stride = f.dim / int(sizeof...(field));
   for (int t = 0; t < PAGE; ++t, out += ld)
     for (int i = 0; i < stride; i += sizeof(Block)) {
       const uint8_t* in[3];
-      for (int p = 0; p < f.plane_count; ++p) in[p] = page + f.planes[p].offset + t * (f.dim * f.planes[p].width / 8) + i;
+      for (int p = 0; p < f.plane_count; ++p)
+        in[p] = page + f.planes[p].offset + t * (f.dim * f.planes[p].width / 8) + i;
       auto put = [&](int at, Block code) { memcpy(out + at * stride + i, &code, sizeof code); };
       (put(field, merged<Block, bits, field>(in, stride)), ...);
     }

@@ -353,8 +353,10 @@ struct Tile {
       }
       const Planes planes(page, bytes, pages, codes, f, layout_v);
       const Prefetch ahead(page + pages * bytes, pages * bytes, pages * layout_v.chunks);
-      if (words) return sum_words({out, ldv, tokens, count, planes, layout_v, f.levels16[0], (uint8_t*)weights16, factor}, ahead, f.bits);
-      return sum_codes({out, ldv, tokens, count, planes, layout_v, (const uint8_t*)f.levels8, weights8, factor}, ahead);
+      const uint8_t* levels = words ? f.levels16[0] : (const uint8_t*)f.levels8;
+      const uint8_t* weights = words ? (const uint8_t*)weights16 : weights8;
+      const SumArgs args{out, ldv, tokens, count, planes, layout_v, levels, weights, factor};
+      return words ? sum_words(args, ahead, f.bits) : sum_codes(args, ahead);
     }
     for (int p = 0; p < pages; ++p) {
       decode_levels(page + p * bytes, 0, PAGE);

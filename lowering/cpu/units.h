@@ -7,8 +7,8 @@ namespace tqc {
 
 constexpr int UNIT = 64;
 constexpr int PARTS = UNIT / BYTES;
-// In place of the bits: codes are a byte each, unpacked first unless they are 8 bits. So are those of more than 4 bits, and
-// where rows of planes are no whole number of 16 bytes.
+// In place of the bits: codes are a byte each, unpacked first unless they have 8 bits. So it is with more than 4 bits,
+// and where rows of planes are no whole number of 16 bytes.
 constexpr int AS_BYTES = 0;
 
 // How the codes of a format are read. Each 16 bytes of the narrowest plane's rows give `BLOCKS` blocks of 16 elements.
@@ -16,12 +16,14 @@ struct Layout {
   int bits;    // 1 to 4 or AS_BYTES
   int dim;     // 64 or 128, for which units have ways of their own, or 0
   int chunks;  // 16-byte pieces of a row of the narrowest plane
+  bool many_steps;  // from codes to levels
 
   explicit Layout(const Format& f) {
     const int narrowest = f.dim * (f.bits & -f.bits);
     const bool half = f.dim == 64 && f.bits % 2;
     bits = f.bits <= INT8_BITS && (half || narrowest % 128 == 0) ? f.bits : AS_BYTES;
     dim = bits != AS_BYTES && (f.dim == 64 || f.dim == 128) ? f.dim : 0;
+    many_steps = bits == 3 || f.bits == 8;
     chunks = bits == AS_BYTES ? padded(f.dim) / 16 : std::max(1, narrowest / 128);
   }
 };

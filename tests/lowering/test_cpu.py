@@ -364,3 +364,24 @@ def test_products_of_integers_add_little_to_the_formats_own_error(provider, head
     assert torch.equal(outputs[True], outputs[False]) == in_float
     # Where errors of both kinds happen to cancel, the difference alone must be small too.
     assert (outputs[True] - outputs[False]).square().sum() <= 0.1 * packing
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("provider", [name for name in LEVELS if name != "scalar"], indirect=True)
+def test_sums_of_int16_products_do_not_overflow(provider, bits, sign):
+    """The largest products there are: every code, element of the query and weight is the highest."""
+    fmt = PackedFormat(256, bits, False)
+    k, v = filled(1, 1, 400, fmt, torch.float32), filled(1, 1, 400, fmt, torch.float32)
+    for pages in (k[0], v[0]):
+        pages[:, :, :, fmt.planes[0][2] :] = 255
+        pages[:, :, :, 16:48] = 0
+        pages[:, :, :, :4] = torch.ones(1).view(torch.uint8)
+    query = (sign * fmt.rotation_matrix().T @ torch.ones(256)).view(1, 1, 1, 256)
+    rest = (None, None, None, None, None, 1 / 256, 0.0, False, str(fmt), str(fmt))
+    outputs = {}
+    for integers in (False, True):
+        cpu._kernels().use_int8(integers)
+        outputs[integers], _ = cpu.attend(query, *k, *v, *rest)
+    assert outputs[False].norm() > 1
+    torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=1e-3 * outputs[False].abs().max().item())
