@@ -52,9 +52,9 @@ inline void sum_words(const SumArgs& a, int row, Prefetch& ahead) {
     vi sum[rows][PARTS][2] = {};
     const uint8_t* weights = a.weights + row * 2 * TILE;
     for (int t = 0; t < a.tokens; t += PAGE) {
-      ahead.step();
       const uint8_t* first = a.planes.first.at(t);
       for (int i = 0; i < PAGE; i += 4, first += 4 * stride, weights += 8) {
+        ahead.step();
         vb codes[PARTS], level[2], weight[rows];
         unit<true, 0>(codes, first, stride, c);
         for (int r = 0; r < rows; ++r) weight[r] = repeat<8>(weights + r * 2 * TILE);

@@ -158,9 +158,9 @@ inline void sum_rows(const SumArgs& a, int row, Prefetch& ahead) {
     vi sum[rows][end - begin][PARTS] = {};
     const uint8_t* weights = a.weights + row * TILE;
     for (int t = 0; t < a.tokens; t += PAGE) {
-      ahead.step();
       const uint8_t *first = a.planes.first.at(t), *second = a.planes.second.at(t);
       for (int i = 0; i < PAGE; i += 4, weights += 4) {
+        ahead.step();
         vb weight[rows];
         for (int r = 0; r < rows; ++r) weight[r] = repeat<4>(weights + r * TILE);
         sum_blocks<bits, dim, rows, begin, end>(sum, weight, {first, second, a.planes, chunks, c}, a.table);

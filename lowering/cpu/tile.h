@@ -352,7 +352,7 @@ struct Tile {
                           : quantize_weights(weights8 + r * TILE, w, tokens, factor[r]) * f.level8_step;
       }
       const Planes planes(page, bytes, pages, codes, f, layout_v);
-      const Prefetch ahead(page + pages * bytes, pages * bytes, pages * layout_v.chunks);
+      const Prefetch ahead(page + pages * bytes, pages * bytes, tokens / 4 * layout_v.chunks);
       const uint8_t* levels = words ? f.levels16[0] : (const uint8_t*)f.levels8;
       const uint8_t* weights = words ? (const uint8_t*)weights16 : weights8;
       const SumArgs args{out, ldv, tokens, count, planes, layout_v, levels, weights, factor};
