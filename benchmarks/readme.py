@@ -91,6 +91,13 @@ _ATTENTION_FULL = [
     *((f"{bits}_over_bf16", f"{bits[:2].upper()} {bits[2:].upper()} over bf16", ".1f") for bits in ("k4v2", "k4v4")),
     *((f"{bits}_of_floor", f"{bits[:2].upper()} {bits[2:].upper()} of floor", ".2f") for bits in ("k4v2", "k4v4")),
 ]
+_BITS = ("k4v2", "k3v3", "k4v4", "k5v5", "k6v6", "k7v7", "k8v8")
+_LEVELS = [
+    ("heads_dim", "heads", ""),
+    ("length", "tokens", ",d"),
+    *((f"{bits}_us", f"µs, {bits[:2].upper()} {bits[2:].upper()}", ",.0f") for bits in _BITS),
+    *((f"{bits}_ratio", f"{bits[:2].upper()} {bits[2:].upper()}, AVX2 over it", ".1f") for bits in _BITS),
+]
 BEST_PEERS = (
     "tqc default",
     "Inductor, DynamicCache",
@@ -133,6 +140,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),
         "generate_peers": Table("Decoding, beside others on the CPU", _PEERS_FULL),
         "attention": Table(_ATTENTION, _ATTENTION_FULL),
+        "levels": Table("Decode attention with AVX-512, and with AVX2 on the same processor", _LEVELS),
     },
 }
 

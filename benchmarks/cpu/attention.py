@@ -4,6 +4,7 @@
     python benchmarks/cpu/attention.py --quick              batch 1, up to 32,768 tokens
     python benchmarks/cpu/attention.py --resume --minutes 2 what is not in the file yet, and stop after two minutes
     python benchmarks/cpu/attention.py --prepare            only compile and set up
+    python benchmarks/cpu/attention.py --levels             instruction sets against each other, into levels.json
 
 A case is a batch, a shape of heads and a length, and is written as soon as it is measured. In a case the following
 are called in turn, so that a change of the machine's speed meets all (the first line five times as often as the dense
@@ -30,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ SHAPES = ((32, 8, 128), (9, 3, 64), (16, 16, 64), (8, 1, 256))
 BITS = ((4, 2), (3, 3), (4, 4))
 LENGTHS = (512, 2048, 8192, 32768, 131072)
 BATCHES = (1, 8)
+LEVELS = ("avx512", "avx2")
 # A dense cache above this is left out; two are in memory at a time.
 MAX_DENSE_BYTES = 5 << 30
 
@@ -113,19 +115,25 @@ def dense_store(batch: int, heads: int, length: int, dim: int, dtype: torch.dtyp
     return some.repeat(batch, heads, -(-(length + 1) // some.shape[2]), 1)[:, :, : length + 1].contiguous()
 
 
-def packed_calls(batch: int, shape: tuple[int, int, int], length: int) -> tuple[Calls, dict[str, int]]:
-    """`attend` over a packed cache with each of `BITS`, and the bytes that it reads."""
+def packed_calls(
+    batch: int,
+    shape: tuple[int, int, int],
+    length: int,
+    attend: Callable[..., object] = cpu.attend,
+    pairs: Iterable[tuple[int, int]] = BITS,
+) -> tuple[Calls, dict[str, int]]:
+    """`attend` over a packed cache with each pair of bits, and the bytes that it reads."""
     query_heads, heads, dim = shape
     query = torch.randn(batch, query_heads, 1, dim).bfloat16()
     key, value = (torch.randn(batch, heads, 1, dim).bfloat16() for _ in range(2))
     calls: Calls = {}
     read = {}
-    for bits in BITS:
+    for bits in pairs:
         k_fmt, v_fmt = PackedFormat(dim, bits[0], True), PackedFormat(dim, bits[1], False)
         k, v = packed_store(batch, heads, length, k_fmt), packed_store(batch, heads, length, v_fmt)
         arguments = (query, *k, *v, key, value, None, None, None, dim**-0.5, 0.0, True, str(k_fmt), str(v_fmt))
         name = f"tqc K{bits[0]} V{bits[1]}"
-        calls[name] = lambda arguments=arguments: cpu.attend(*arguments)
+        calls[name] = lambda arguments=arguments: attend(*arguments)
         read[name] = sum(tensor.nbytes for tensor in (k[0], k[1], v[0], v[1]))
     return calls, read
 
@@ -223,6 +231,19 @@ def overheads() -> dict[str, float]:
     return {"attend": min(empty) * 1e6, "append": min(one) * 1e6}
 
 
+def levels_row(shape: tuple[int, int, int], length: int) -> dict[str, Any]:
+    """Least times of `attend` with the first of `LEVELS`, and of the second over it, both called in turn."""
+    row: dict[str, Any] = {"heads_dim": f"{shape[0]}/{shape[1]} x {shape[2]}", "length": length}
+    for k, v in (*BITS, (5, 5), (6, 6), (7, 7), (8, 8)):
+        calls: Calls = {}
+        for level in LEVELS:
+            calls[level] = next(iter(packed_calls(1, shape, length, cpu._loaded(level).attend, [(k, v)])[0].values()))
+        best, other = (1e6 * min(times) for times in repeat_times(calls, 0.5).values())
+        row[f"k{k}v{v}_us"] = round(best, 1)
+        row[f"k{k}v{v}_ratio"] = round(other / best, 2)
+    return row
+
+
 def key(row: dict[str, Any]) -> tuple[int, ...]:
     return row["batch"], row["query_heads"], row["heads"], row["head_dim"], row["length"]
 
@@ -234,6 +255,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--levels", action="store_true")
     arguments = parser.parse_args()
     if arguments.resume:
         del sys.argv[1:]  # the file holds the rows of all calls
@@ -242,6 +264,10 @@ def main() -> None:
     if reason := cpu.supported():
         sys.exit(f"the CPU provider does not run here: {reason}")
     torch.manual_seed(0)
+    if arguments.levels:
+        rows = [levels_row(shape, length) for shape in SHAPES for length in LENGTHS[1:4:2]]
+        envelope.write("levels", rows, [f"Least times with {LEVELS[0]}, and how much longer {LEVELS[1]} takes."])
+        return
     cases = [
         (batch, shape, length)
         for batch in (BATCHES[:1] if arguments.quick else BATCHES)

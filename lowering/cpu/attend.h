@@ -5,10 +5,14 @@
 // Dense tokens join the same online softmax in the model's basis. Values of a folded format, and so the output, are
 // in the rotated basis throughout.
 #pragma once
+#include <numeric>
+
 #include "parallel.h"
 #include "tile.h"
 
 namespace tqc {
+
+constexpr int64_t DENSE_COST = 4;  // time of a dense token, in packed ones
 
 struct AttendArgs {
   View k, v;
@@ -111,10 +115,14 @@ inline void attend(const AttendArgs& a) {
   const double products = double(groups) * block * a.columns * (a.k.store.f->dim + fv.dim);
   const int threads = products < 5e5 ? 1 : available_threads();
 
-  // Enough tasks to keep all threads busy to the end, each of at least 8 pages.
-  int64_t splits = threads == 1 ? 1 : (4 * threads + groups - 1) / groups;
-  splits = std::max<int64_t>(1, std::min(splits, pages / 8));
-  const int64_t per_split = splits ? (pages + splits - 1) / splits : 0;
+  // Splits that give all threads as much to do, and more of them, which a thread that falls behind leaves to others,
+  // where each has 32 pages or more: the query is rotated for each anew. The last takes the dense tokens too and so many
+  // pages less.
+  const int64_t dense_pages = DENSE_COST * (a.columns - packed) / PAGE, work = pages + dense_pages;
+  const int64_t even = threads / std::gcd(groups, int64_t(threads)), many = (4 * threads + groups - 1) / groups;
+  int64_t splits = std::max(std::min(even, work / 8), std::min(many, work / 32));
+  splits = threads == 1 || pages == 0 ? 1 : std::max<int64_t>(1, std::min(splits, pages));
+  const int64_t per_split = (work + splits - 1) / splits;
 
   const size_t partial_floats = size_t(block) * (ld + 32);
   static thread_local Scratch shared;
@@ -133,7 +141,7 @@ inline void attend(const AttendArgs& a) {
     const int64_t index = blocks - 1 - group % blocks, b = group / blocks / a.heads, h = group / blocks % a.heads;
     const int64_t first = index * block, count = std::min(block, all_rows - first);
     Partial p = partial(group, split);
-    const int64_t from = begin + split * per_split * PAGE;
+    const int64_t from = std::min(begin + packed, begin + split * per_split * PAGE);
     const int64_t to = std::min(begin + packed, from + per_split * PAGE);
     attend_task(a, p, b, h, first, count, from, to, split == splits - 1);
     if (splits > 1) {

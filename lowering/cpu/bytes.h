@@ -22,6 +22,8 @@ constexpr bool HAS_INT8 = false;
 // Largest byte that `dot4` takes on its unsigned side: AVX2 adds pairs of products in 16 bits, NEON reads it as signed.
 constexpr int UNSIGNED_MAX = W == 16 ? 255 : 127;
 constexpr int LEVEL_BIAS = (UNSIGNED_MAX + 1) / 2;
+// Largest bits of codes whose levels are looked up as 16-bit numbers; with AVX2 it takes too many steps above.
+constexpr int INT16_BITS = W == 8 ? 7 : 8;
 
 // sum[i] + a[4i] b[4i] + ... + a[4i + 3] b[4i + 3]; a unsigned, b signed.
 inline vi dot4(vi sum, vb a, vb b) {
@@ -48,6 +50,60 @@ inline vb pick(const uint8_t* table, vb codes, int mask) {
 #else
   for (int i = 0; i < BYTES; ++i) codes[i] = table[codes[i] & mask];
   return codes;
+#endif
+}
+
+// sum[i] + a[2i] b[2i] + a[2i + 1] b[2i + 1] of signed 16-bit numbers.
+inline vi dot2(vi sum, vb a, vb b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return sum + (vi)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+#else
+  int16_t x[BYTES / 2], y[BYTES / 2];
+  memcpy(x, &a, BYTES), memcpy(y, &b, BYTES);
+  for (int i = 0; i < BYTES / 2; ++i) sum[i / 2] += x[i] * y[i];
+  return sum;
+#endif
+}
+
+// table[code] in each byte, for codes of 5 to 8 bits.
+template <int bits>
+inline vb pick_of_many(const uint8_t* table, vb codes) {
+#if defined(__AVX512F__)
+  const __m512i* t = (const __m512i*)table;
+  const __m512i x = (__m512i)codes;
+  if constexpr (bits <= 6) return (vb)_mm512_permutexvar_epi8(x, t[0]);
+  else if constexpr (bits == 7) return (vb)_mm512_permutex2var_epi8(t[0], x, t[1]);
+  else return (vb)_mm512_mask_blend_epi8(_mm512_movepi8_mask(x), _mm512_permutex2var_epi8(t[0], x, t[1]),
+                                         _mm512_permutex2var_epi8(t[2], x, t[3]));
+#elif defined(__AVX2__)
+  __m256i picked = _mm256_setzero_si256();
+  for (int i = 0; i < 1 << bits; i += 16) {  // indices of other tables become 128 and more, which give 0
+    const __m256i at = _mm256_adds_epu8(_mm256_xor_si256((__m256i)codes, _mm256_set1_epi8(i)), _mm256_set1_epi8(0x70));
+    picked = _mm256_or_si256(picked, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table + i)), at));
+  }
+  return (vb)picked;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  uint8x16_t picked = vqtbl4q_u8(vld1q_u8_x4(table), (uint8x16_t)codes);
+  for (int i = 64; i < 1 << bits; i += 64)
+    picked = vqtbx4q_u8(picked, vld1q_u8_x4(table + i), (uint8x16_t)(codes - uint8_t(i)));
+  return (vb)picked;
+#else
+  for (int i = 0; i < BYTES; ++i) codes[i] = table[codes[i]];
+  return codes;
+#endif
+}
+
+// The bits of a that are in `mask`, which is the same for each byte, and the others of b.
+inline vb either(vb a, vb b, uint8_t mask) {
+#if defined(__AVX512F__)
+  return (vb)_mm512_ternarylogic_epi32(_mm512_set1_epi8(mask), (__m512i)a, (__m512i)b, 0xca);
+#else
+  return (a & mask) | (b & uint8_t(~mask));
 #endif
 }
 

@@ -30,6 +30,11 @@ struct FormatArguments {
 };
 
 constexpr int INT8_BITS = 4;  // above, the error of int8 products would show beside that of the codes
+// Largest magnitudes in int16 products. 32 bits hold the sums of products: 256 elements of a level and the query, 128
+// tokens of a level and a weight.
+constexpr int LEVEL16_MAX = 4095, QUERY16_MAX = 2047, WEIGHT16_MAX = 4095;
+constexpr int MAX_HEAD_DIM = 256;
+static_assert(int64_t(MAX_HEAD_DIM) * LEVEL16_MAX * QUERY16_MAX <= INT32_MAX);
 
 // All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
 struct Format {
@@ -47,6 +52,9 @@ struct Format {
   alignas(64) int8_t levels8[64];
   alignas(64) uint8_t levels8_biased[64];
   float level8_step, score_step;
+  // For more bits: levels in units of level16_step, first their low bytes and then their high ones.
+  alignas(64) uint8_t levels16[2][256];
+  float level16_step;
   float score_variance;
 };
 
@@ -79,6 +87,11 @@ inline Format* make_format(const FormatArguments& a) {
   for (int i = 0; i < 64 && a.bits <= INT8_BITS; ++i) {
     f->levels8[i] = int8_t(std::nearbyint(f->levels[i % count] / f->level8_step));
     f->levels8_biased[i] = uint8_t(std::nearbyint(f->levels[i % count] / f->score_step) + LEVEL_BIAS);
+  }
+  f->level16_step = f->levels[count - 1] / LEVEL16_MAX;
+  for (int i = 0; i < count; ++i) {
+    const auto level = uint16_t(int16_t(std::nearbyint(f->levels[i] / f->level16_step)));
+    f->levels16[0][i] = uint8_t(level), f->levels16[1][i] = uint8_t(level >> 8);
   }
   return f;
 }

@@ -9,6 +9,9 @@
 
 namespace tqc {
 
+constexpr int TILE = (UNSIGNED_MAX == 255 ? 4 : 1) * PAGE;  // weights of 7 bits need a scale for each page
+constexpr int TILE_PAGES = TILE / PAGE;
+
 // Memory that will be read soon, fetched piece by piece while the core is busy with products. Into the second-level
 // cache: what waits for the first one holds up the loads of the products (32K tokens took 1.5 to 2 times as long).
 struct Prefetch {
@@ -21,15 +24,32 @@ struct Prefetch {
   }
 };
 
+// Lane by lane, the sums of the halves of a and b, `size` bytes of each in turn.
+template <int size>
+inline vi halves_by_lane(vi a, vi b) { return zip_low<size>(a, b) + zip_high<size>(a, b); }
 // Lane by lane, the sums of the 4 dwords of each of 4 vectors.
 inline vi sums_by_lane(const vi (&x)[4]) {
-  const vi a = zip_low<4>(x[0], x[1]) + zip_high<4>(x[0], x[1]), b = zip_low<4>(x[2], x[3]) + zip_high<4>(x[2], x[3]);
-  return zip_low<8>(a, b) + zip_high<8>(a, b);
+  return halves_by_lane<8>(halves_by_lane<4>(x[0], x[1]), halves_by_lane<4>(x[2], x[3]));
+}
+// Sums of neighbouring dwords, those of a and then those of b within each lane of 16 bytes.
+template <int... I>
+inline vi neighbours_added(vi a, vi b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + I % 4 / 2 * n)...) +
+         __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + 1 + I % 4 / 2 * n)...);
 }
 template <int... I>
 inline vi in_token_order(vi x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, (I % LANES * 4 + I / LANES)...);
 }
+
+// How many of the rows that are left share units and levels in scores. More rows take fewer tokens at a time, and so
+// more loads of the query; that pays where levels take the most steps.
+inline int score_rows_at_once(int left, const Layout& layout) {
+  return W == 16 && left >= 8 && layout.many_steps ? 8 : std::min(left, W == 8 ? 2 : 4);
+}
+// The same in sums.
+inline int sum_rows_at_once(int left) { return W == 16 && left >= 8 ? 8 : std::min(left, W == 16 ? 4 : 2); }
 
 // What makes a score of a product: (product * step + offset + scale * variance) * scale + constants[page].
 struct ScoreRow {
@@ -42,52 +62,68 @@ struct ScoreArgs {
   Planes planes;
   Layout layout;
   const uint8_t* table;
-  const int8_t* query;  // [count, padded(dim) / 16, BYTES], each 16 elements repeated
-  int ldq;
+  const int8_t* query;  // of each group of rows that is taken at once [pieces, rows, BYTES]: see `put_query`
   const ScoreRow* rows;  // [count]
   const float* scales;   // [tokens]
 };
 
-template <int bits, int dim, int rows, int block = 0>
-inline void score_blocks(vi (&sum)[rows][4], const ScoreArgs& a, const Chunk<bits, dim, false, 4 / PARTS>& codes, const int8_t* query) {
-  vb level[4];
-  for (int j = 0; j < 4; ++j) level[j] = codes.template levels<block>(j, a.table);
+// Scores of W tokens from t on, of `rows` rows; see `halves_by_lane` for `pairs`.
+template <int rows>
+inline void put_scores(const ScoreArgs& a, int row, int t, const vi (&pairs)[rows][2]) {
+  const vf scale = load(a.scales + t);
   for (int r = 0; r < rows; ++r) {
-    const vb q = load_as<vb>(query + r * a.ldq);
-    for (int j = 0; j < 4; ++j) sum[r][j] = dot4(sum[r][j], level[j], q);
+    const ScoreRow& as = a.rows[row + r];
+    const vi sums = halves_by_lane<8>(pairs[r][0], pairs[r][1]);
+    const vi products = in_token_order(sums, std::make_integer_sequence<int, W>{});
+    const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
+    store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
   }
-  if constexpr (block + 1 < BLOCKS<bits, dim>)
-    score_blocks<bits, dim, rows, block + 1>(sum, a, codes, query + a.layout.chunks * BYTES);
+}
+
+template <int bits, int dim, int rows, int vectors, int block = 0>
+inline void score_blocks(vi (&sum)[rows][vectors], const Chunk<bits, dim, false, vectors / PARTS>& codes,
+                         const uint8_t* table, const int8_t* query) {
+  vb level[vectors];
+  for (int j = 0; j < vectors; ++j) level[j] = codes.template levels<block>(j, table);
+  for (int r = 0; r < rows; ++r) {
+    const vb q = load_as<vb>(query + (block * rows + r) * BYTES);
+    for (int j = 0; j < vectors; ++j) sum[r][j] = dot4(sum[r][j], level[j], q);
+  }
+  if constexpr (block + 1 < BLOCKS<bits, dim>) score_blocks<bits, dim, rows, vectors, block + 1>(sum, codes, table, query);
 }
 
 template <int bits, int dim, int rows>
 inline void score_rows(const ScoreArgs& a, int row, Prefetch& ahead) {
-  const int8_t* query = a.query + row * a.ldq;
+  constexpr int vectors = rows > 4 ? 2 : 4;  // what the registers hold, of the 4 that W tokens take
+  constexpr int piece_bytes = BLOCKS<bits, dim> * BYTES;
+  const int8_t* query = a.query + row * a.layout.chunks * piece_bytes;
   for (int t = 0; t < a.tokens; t += W) {
     ahead.step();
-    const uint8_t *first = a.planes.first.at(t), *second = a.planes.second.at(t);
-    vi sum[rows][4] = {};
-    for (int c = 0; c < a.layout.chunks; ++c)
-      score_blocks<bits, dim, rows>(sum, a, {first, second, a.planes, a.layout.chunks, c}, query + c * BYTES);
-    const vf scale = load(a.scales + t);
-    for (int r = 0; r < rows; ++r) {
-      const ScoreRow& as = a.rows[row + r];
-      const vi products = in_token_order(sums_by_lane(sum[r]), std::make_integer_sequence<int, W>{});
-      const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
-      store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
+    vi pairs[rows][2];
+    for (int half = 0; half < 4; half += vectors) {
+      const uint8_t *first = a.planes.first.at(t + half * LANES), *second = a.planes.second.at(t + half * LANES);
+      vi sum[rows][vectors] = {};
+      for (int c = 0; c < a.layout.chunks; ++c)
+        score_blocks<bits, dim, rows, vectors>(sum, {first, second, a.planes, a.layout.chunks, c}, a.table,
+                                               query + c * rows * piece_bytes);
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < vectors; i += 2) pairs[r][(half + i) / 2] = halves_by_lane<4>(sum[r][i], sum[r][i + 1]);
     }
+    put_scores<rows>(a, row, t, pairs);
   }
 }
 
 template <int bits, int dim>
 inline void score_codes(const ScoreArgs& a, Prefetch ahead) {
-  constexpr int most = W == 8 ? 2 : 4;  // what the registers hold
-  for (int r = 0; r < a.count; r += most) {
-    switch (std::min(most, a.count - r)) {
+  for (int r = 0, rows; r < a.count; r += rows) {
+    rows = score_rows_at_once(a.count - r, a.layout);
+    switch (rows) {
       case 1: score_rows<bits, dim, 1>(a, r, ahead); break;
       case 2: score_rows<bits, dim, 2>(a, r, ahead); break;
       case 3: score_rows<bits, dim, 3>(a, r, ahead); break;
       case 4: score_rows<bits, dim, 4>(a, r, ahead); break;
+      case 8:
+        if constexpr (bits == 3) score_rows<bits, dim, 8>(a, r, ahead);
     }
   }
 }
@@ -98,8 +134,7 @@ struct SumArgs {
   Planes planes;
   Layout layout;
   const uint8_t* table;
-  const uint8_t* weights;  // [count, tokens], rows ldw apart
-  int ldw;
+  const uint8_t* weights;  // [count, TILE]
   const float* factor;  // [count]
 };
 
@@ -107,7 +142,7 @@ template <int bits, int dim, int rows, int begin, int end, int block = begin>
 inline void sum_blocks(vi (&sum)[rows][end - begin][PARTS], const vb (&weight)[rows], const Chunk<bits, dim, true, 1>& codes,
                        const uint8_t* table) {
   for (int part = 0; part < PARTS; ++part) {
-    const vb level = codes.template levels<block>(part, table);
+    const vb level = codes.template levels<nth_block<bits, dim>(block)>(part, table);
     for (int r = 0; r < rows; ++r)
       sum[r][block - begin][part] = dot4(sum[r][block - begin][part], weight[r], level);
   }
@@ -117,20 +152,26 @@ inline void sum_blocks(vi (&sum)[rows][end - begin][PARTS], const vb (&weight)[r
 // Blocks [begin, end) of each chunk, then those behind.
 template <int bits, int dim, int rows, int begin = 0>
 inline void sum_rows(const SumArgs& a, int row, Prefetch& ahead) {
-  constexpr int blocks = BLOCKS<bits, dim>, end = std::min(begin + (W == 16 ? 4 : 2), blocks);
+  constexpr int blocks = BLOCKS<bits, dim>, end = std::min(begin + (rows > 4 ? 2 : W == 16 ? 4 : 2), blocks);
   const int chunks = a.layout.chunks;
   for (int c = 0; c < chunks; ++c) {
     vi sum[rows][end - begin][PARTS] = {};
-    for (int t = 0; t < a.tokens; t += 4) {
-      ahead.step();
-      vb weight[rows];
-      for (int r = 0; r < rows; ++r) weight[r] = repeat<4>(a.weights + (row + r) * a.ldw + t);
-      sum_blocks<bits, dim, rows, begin, end>(sum, weight, {a.planes.first.at(t), a.planes.second.at(t), a.planes, chunks, c}, a.table);
+    const uint8_t* weights = a.weights + row * TILE;
+    for (int t = 0; t < a.tokens; t += PAGE) {
+      const uint8_t *first = a.planes.first.at(t), *second = a.planes.second.at(t);
+      for (int i = 0; i < PAGE; i += 4, weights += 4) {
+        ahead.step();
+        vb weight[rows];
+        for (int r = 0; r < rows; ++r) weight[r] = repeat<4>(weights + r * TILE);
+        sum_blocks<bits, dim, rows, begin, end>(sum, weight, {first, second, a.planes, chunks, c}, a.table);
+        first += 4 * a.planes.first.stride;
+        second += 4 * a.planes.second.stride;
+      }
     }
     for (int r = 0; r < rows; ++r)
       for (int block = begin; block < end; ++block)
         for (int part = 0; part < PARTS; ++part) {
-          float* o = a.out + (row + r) * a.ld + (block * chunks + c) * 16 + part * W;
+          float* o = a.out + (row + r) * a.ld + (nth_block<bits, dim>(block) * chunks + c) * 16 + part * W;
           store(o, load(o) + __builtin_convertvector(sum[r][block - begin][part], vf) * a.factor[row + r]);
         }
   }
@@ -139,13 +180,14 @@ inline void sum_rows(const SumArgs& a, int row, Prefetch& ahead) {
 
 template <int bits, int dim>
 inline void sum_codes(const SumArgs& a, Prefetch ahead) {
-  constexpr int most = W == 16 ? 4 : 2;
-  for (int r = 0; r < a.count; r += most) {
-    switch (std::min(most, a.count - r)) {
+  for (int r = 0, rows; r < a.count; r += rows) {
+    rows = sum_rows_at_once(a.count - r);
+    switch (rows) {
       case 1: sum_rows<bits, dim, 1>(a, r, ahead); break;
       case 2: sum_rows<bits, dim, 2>(a, r, ahead); break;
       case 3: sum_rows<bits, dim, 3>(a, r, ahead); break;
       case 4: sum_rows<bits, dim, 4>(a, r, ahead); break;
+      case 8: sum_rows<bits, dim, 8>(a, r, ahead); break;
     }
   }
 }
@@ -191,6 +233,20 @@ inline float quantize_query(int8_t* out, int32_t* sum, const float* q, int ld) {
   *sum = 0;
   for (int i = 0; i < W; ++i) *sum += total[i];
   return peak / 127.0f;
+}
+
+// Groups of rows as `score_rows` takes them: pieces of 16 bytes in the order in which it meets them, each repeated
+// to a whole vector. `q` is [count, ldq] bytes.
+inline void put_query(int8_t* out, const int8_t* q, int ldq, int count, int pieces, int chunks, const Layout& layout) {
+  for (int row = 0, rows; row < count; row += rows) {
+    rows = score_rows_at_once(count - row, layout);
+    for (int c = 0; c < chunks; ++c)
+      for (int piece = c; piece < pieces; piece += chunks)
+        for (int r = 0; r < rows; ++r, out += BYTES) {
+          const vb lanes = repeat<16>((const uint8_t*)q + (row + r) * ldq + 16 * piece);
+          memcpy(out, &lanes, BYTES);
+        }
+  }
 }
 
 // out[p] = query . nibbles[p] for 4 rows of nibbles; rows of ld bytes, zeros in the query behind dim.

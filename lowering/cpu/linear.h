@@ -115,18 +115,36 @@ inline vf lane_sums(vf* x) {
   }
 }
 
+// out[rows, cols] = a[rows, depth] b[cols, depth]', at each turn as many columns as make W sums.
+template <int rows>
+inline void gemm_transposed_rows(float* out, int ldo, const float* a, const float* b, int ld, int depth, int cols) {
+  constexpr int columns = W / (rows == 3 ? 4 : rows);
+  for (int c = 0; c < cols; c += columns) {
+    vf sum[W] = {};
+    for (int i = 0; i < depth; i += W) {
+      vf right[columns];
+      for (int j = 0; j < columns; ++j) right[j] = load(b + (c + j) * ld + i);
+      for (int r = 0; r < rows; ++r) {
+        const vf left = load(a + r * ld + i);
+        for (int j = 0; j < columns; ++j) sum[r * columns + j] += left * right[j];
+      }
+    }
+    const vf sums = lane_sums(sum);
+    for (int r = 0; r < rows; ++r) memcpy(out + r * ldo + c, (const char*)&sums + 4 * r * columns, 4 * columns);
+  }
+}
+
 // out[rows, cols] = a[rows, depth] b[32, depth]'; depth and ld are multiples of PAD, cols is rounded up to W. For
 // few rows, where a transpose of b would cost more than it saves.
 inline void gemm_transposed(float* out, int ldo, const float* a, const float* b, int ld, int rows, int depth, int cols) {
-  for (int r = 0; r < rows; ++r)
-    for (int t = 0; t < cols; t += W) {
-      vf sum[W] = {};
-      for (int i = 0; i < depth; i += W) {
-        const vf left = load(a + r * ld + i);
-        for (int lane = 0; lane < W; ++lane) sum[lane] += left * load(b + (t + lane) * ld + i);
-      }
-      store(out + r * ldo + t, lane_sums(sum));
+  for (; rows > 0; rows -= 4, out += 4 * ldo, a += 4 * ld) {
+    switch (rows) {
+      case 1: gemm_transposed_rows<1>(out, ldo, a, b, ld, depth, cols); break;
+      case 2: gemm_transposed_rows<2>(out, ldo, a, b, ld, depth, cols); break;
+      case 3: gemm_transposed_rows<3>(out, ldo, a, b, ld, depth, cols); break;
+      default: gemm_transposed_rows<4>(out, ldo, a, b, ld, depth, cols);
     }
+  }
 }
 
 // One butterfly of lanes i and i ^ step, and those of twice the step and more.
@@ -140,16 +158,33 @@ inline vf butterflies(vf v, std::integer_sequence<int, I...> lanes) {
   }
 }
 
+// Butterflies between `vectors` vectors `step` apart, then between their sums and differences, and so on.
+template <int vectors>
+inline void butterflies(float* x, int step) {
+  vf v[vectors];
+  for (int i = 0; i < vectors; ++i) v[i] = load(x + i * step);
+  for (int half = 1; half < vectors; half *= 2)
+    for (int i = 0; i < vectors; ++i)
+      if (!(i & half)) {
+        const vf a = v[i], b = v[i + half];
+        v[i] = a + b;
+        v[i + half] = a - b;
+      }
+  for (int i = 0; i < vectors; ++i) store(x + i * step, v[i]);
+}
+
 // Walsh-Hadamard transform in place, not scaled; n is a power of two and a multiple of PAD.
 inline void hadamard(float* x, int n) {
   for (int i = 0; i < n; i += W) store(x + i, butterflies<1>(load(x + i), std::make_integer_sequence<int, W>{}));
-  for (int step = W; step < n; step *= 2)
-    for (int block = 0; block < n; block += 2 * step)
+  for (int step = W, vectors; step < n; step *= vectors) {
+    vectors = std::min(8, n / step);  // what the registers hold
+    for (int block = 0; block < n; block += vectors * step)
       for (int i = block; i < block + step; i += W) {
-        vf a = load(x + i), b = load(x + i + step);
-        store(x + i, a + b);
-        store(x + i + step, a - b);
+        if (vectors == 8) butterflies<8>(x + i, step);
+        else if (vectors == 4) butterflies<4>(x + i, step);
+        else butterflies<2>(x + i, step);
       }
+  }
 }
 
 // out = R in (or R' in) for each row; both [rows, padded(dim)], not the same memory. A copy in folded formats.

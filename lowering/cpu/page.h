@@ -27,9 +27,59 @@ inline void unpack_rows(uint8_t* out, int ld, const uint8_t* in, int dim, int sh
   }
 }
 
-// Codes of a page, [32, ld] bytes; what lies between dim and ld is left as it was. `out` has room for 64 rows: planes
-// behind the first are unpacked there and merged, since reading back what was just written in pieces would stall.
+// The codes of some elements of a token, put together from all planes: `in` are its rows from byte i of the narrowest
+// plane's `stride` on, and `field` is the field there.
+template <class Block, int bits, int field>
+inline Block merged(const uint8_t* const* in, int stride) {
+  Block code{}, mask;
+  int shift = 0;
+  auto add = [&](auto width) {
+    if constexpr (bits & width) {
+      constexpr int ratio = width / (bits & -bits);  // of the plane's stride to the narrowest one's
+      memset(&mask, (1 << width) - 1, sizeof mask);
+      code |= ((load_as<Block>(*in++ + field % ratio * stride) >> (field / ratio * width)) & mask) << shift;
+      shift += width;
+    }
+  };
+  add(std::integral_constant<int, 4>{});
+  add(std::integral_constant<int, 2>{});
+  add(std::integral_constant<int, 1>{});
+  return code;
+}
+
+template <class Block, int bits, int... field>
+inline void merge_planes(uint8_t* out, int ld, const uint8_t* page, const Format& f,
+                         std::integer_sequence<int, field...>) {
+  const int stride = f.dim / int(sizeof...(field));
+  for (int t = 0; t < PAGE; ++t, out += ld)
+    for (int i = 0; i < stride; i += sizeof(Block)) {
+      const uint8_t* in[3];
+      for (int p = 0; p < f.plane_count; ++p)
+        in[p] = page + f.planes[p].offset + t * (f.dim * f.planes[p].width / 8) + i;
+      auto put = [&](int at, Block code) { memcpy(out + at * stride + i, &code, sizeof code); };
+      (put(field, merged<Block, bits, field>(in, stride)), ...);
+    }
+}
+template <int bits>
+inline bool merge_planes(uint8_t* out, int ld, const uint8_t* page, const Format& f) {
+  constexpr int fields = 8 / (bits & -bits);
+  const std::make_integer_sequence<int, fields> each{};
+  if (f.dim % (16 * fields) == 0) merge_planes<b16, bits>(out, ld, page, f, each);
+  else if (f.dim % (8 * fields) == 0) merge_planes<uint64_t, bits>(out, ld, page, f, each);
+  else return false;
+  return true;
+}
+
+// Codes of a page, [32, ld] bytes; what lies between dim and ld is left as it was. `out` has room for 64 rows: where
+// planes cannot be merged by whole blocks, those behind the first are unpacked there, since reading back what was just
+// written in pieces would stall.
 inline void unpack_page(uint8_t* out, int ld, const uint8_t* page, const Format& f) {
+  switch (f.bits) {
+    case 3: if (merge_planes<3>(out, ld, page, f)) return; break;
+    case 5: if (merge_planes<5>(out, ld, page, f)) return; break;
+    case 6: if (merge_planes<6>(out, ld, page, f)) return; break;
+    case 7: if (merge_planes<7>(out, ld, page, f)) return; break;
+  }
   for (int p = 0; p < f.plane_count; ++p) {
     const Plane& plane = f.planes[p];
     uint8_t* to = p ? out + PAGE * ld : out;

@@ -1,15 +1,13 @@
-// Scores, softmax and weighted sum of some tokens for a block of query rows: whole packed pages by int8 products, up to
-// four at a time; anything else in float32, up to 32 tokens at a time.
+// Scores, softmax and weighted sum of some tokens for a block of query rows: whole packed pages by int8 or int16
+// products, up to four at a time; anything else in float32, up to 32 tokens at a time.
 #pragma once
-#include "int8.h"
+#include "int16.h"
 
 namespace tqc {
 
 extern thread_local Scratch scratch;
-extern bool use_int8;  // tests turn it off
+extern bool use_int8;  // whether pages are taken by products of integers; tests turn it off
 
-constexpr int TILE = (UNSIGNED_MAX == 255 ? 4 : 1) * PAGE;  // weights of 7 bits need a scale for each page
-constexpr int TILE_PAGES = TILE / PAGE;
 constexpr int SCORES_LD = TILE + PAD;  // no power of two: rows would share a set of the cache
 
 // Broadcast to [batch, query heads, rows, columns] by byte strides, 0 where an axis is of size 1.
@@ -33,10 +31,12 @@ struct Tile {
   float *query_step, *factor, *sums, *value_scales;
   ScoreRow* score_rows;
   uint8_t *codes, *weights8, *nibbles;
+  uint16_t* weights16;
   int8_t *query8, *query_lanes;
+  int16_t* query16;
   int32_t* query_sum;
   Layout layout_k, layout_v;
-  bool int8 = false;
+  bool integers = false;
 
   Tile(const View& k, const View& v, int64_t b, int64_t h, int count)
       : k(k), v(v), b(b), h(h), count(count), ldk(padded(k.store.f->dim)), ldv(padded(v.store.f->dim)),
@@ -45,7 +45,7 @@ struct Tile {
   void reserve(Scratch& s) {
     const int widest = std::max(ldk, ldv);
     s.reserve(4 * (size_t(count) * (4 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 7 * widest + 2 * TILE) +
-              count * (ldk + BYTES + ldk * LANES + TILE) + (TILE + 2 * PAGE + 4) * widest + 8192);
+              count * (3 * ldk + BYTES + 2 * ldk * LANES + 3 * TILE) + (TILE + 2 * PAGE + 4) * widest + 8192);
     query = s.take<float>(count * ldk);
     rotated = s.take<float>(count * ldk);
     unrotated = s.take<float>(count * ldv);
@@ -60,8 +60,10 @@ struct Tile {
     codes = s.take<uint8_t>((TILE + PAGE) * widest);
     nibbles = s.take<uint8_t>(4 * query_bytes());
     weights8 = s.take<uint8_t>(count * TILE);
+    weights16 = s.take<uint16_t>(count * TILE);
     query8 = s.take<int8_t>(count * query_bytes());
-    query_lanes = s.take<int8_t>(count * ldk * LANES);
+    query16 = s.take<int16_t>(count * ldk);
+    query_lanes = s.take<int8_t>(2 * count * ldk * LANES);
     query_sum = s.take<int32_t>(count);
     query_step = s.take<float>(count);
     factor = s.take<float>(count);
@@ -83,16 +85,16 @@ struct Tile {
     for (int i = 0; i < count * ldk; i += W) store(query + i, load(query + i) * scale);
     if (k.packed_end() <= k.packed_begin()) return;
     rotate_rows(rotated, query, count, fk, false);
-    int8 = use_int8 && HAS_INT8 && fk.bits <= INT8_BITS && fv.bits <= INT8_BITS;
-    if (int8) memset(nibbles, 0, 4 * query_bytes());
-    for (int r = 0; r < count && int8; ++r) {
-      int8_t* row = query8 + r * query_bytes();
-      memset(row, 0, query_bytes());
-      query_step[r] = quantize_query(row, query_sum + r, rotated + r * ldk, ldk);
-      for (int i = 0; i < ldk; i += 16) {
-        const vb lanes = repeat<16>((uint8_t*)row + i);
-        memcpy(query_lanes + (r * ldk + i) * LANES, &lanes, BYTES);
-      }
+    integers = use_int8 && HAS_INT8 && std::max(fk.bits, fv.bits) <= INT16_BITS;
+    if (integers && fk.bits <= INT8_BITS) {
+      memset(nibbles, 0, 4 * query_bytes());
+      memset(query8, 0, count * query_bytes());
+      for (int r = 0; r < count; ++r)
+        query_step[r] = quantize_query(query8 + r * query_bytes(), query_sum + r, rotated + r * ldk, ldk);
+      put_query(query_lanes, query8, query_bytes(), count, ldk / 16, layout_k.chunks, layout_k);
+    } else if (integers) {
+      for (int r = 0; r < count; ++r) query_step[r] = quantize_query16(query16 + r * ldk, rotated + r * ldk, ldk);
+      put_query(query_lanes, (int8_t*)query16, 2 * ldk, count, ldk / 8, 1, layout_k);
     }
     for (int r = 0; r < count; ++r) {
       score_rows[r] = {};
@@ -128,10 +130,10 @@ struct Tile {
     }
   }
 
-  // How many pages of both tensors begin at token t together, for int8 products.
+  // How many pages of both tensors begin at token t together, for products of integers.
   int whole_pages(int64_t t, int64_t end) const {
     const int64_t into_k = t - k.packed_begin(), into_v = t - v.packed_begin();
-    if (!int8 || into_k < 0 || into_v < 0 || into_k % PAGE || into_v % PAGE) return 0;
+    if (!integers || into_k < 0 || into_v < 0 || into_k % PAGE || into_v % PAGE) return 0;
     const int64_t tokens = std::min({k.packed_end(), v.packed_end(), end}) - t;
     return int(std::max<int64_t>(0, std::min<int64_t>(tokens, TILE) / PAGE));
   }
@@ -140,27 +142,47 @@ struct Tile {
   void score_pages(int64_t t, int pages) {
     const Format& f = *k.store.f;
     const int tokens = pages * PAGE;
-    float scales[TILE], steps[TILE_PAGES];
+    float scales[TILE];
     const uint8_t* first_page = k.store.page(b, h, (t - k.packed_begin()) / PAGE);
     const int64_t bytes = k.store.pages_page;
-    for (int p = 0; p < pages; ++p) {
-      const uint8_t* page = first_page + p * bytes;
-      page_scales(scales + p * PAGE, page);
+    for (int p = 0; p < pages; ++p) page_scales(scales + p * PAGE, first_page + p * bytes);
+    const bool words = f.bits > INT8_BITS;
+    if (words) centre_words(first_page, pages);
+    else centre_bytes(first_page, pages);
+    const Planes planes(first_page, bytes, pages, codes, f, layout_k);
+    const uint8_t* levels = words ? f.levels16[0] : f.levels8_biased;
+    const ScoreArgs args{scores, SCORES_LD, tokens, count, planes, layout_k, levels, query_lanes, score_rows, scales};
+    const Prefetch ahead(first_page + pages * bytes, pages * bytes, tokens / W);
+    if (words) score_words(args, ahead, f.bits);
+    else score_codes(args, ahead);
+  }
+
+  // Fills `score_rows` for int8 products.
+  void centre_bytes(const uint8_t* page, int pages) {
+    const Format& f = *k.store.f;
+    float steps[TILE_PAGES];
+    for (int p = 0; p < pages && f.centred; ++p, page += k.store.pages_page) {
       steps[p] = read_float(page + 4);
-      if (f.centred) unpack_nibbles(nibbles + p * query_bytes(), page + f.centre_offset, f.dim / 2);
+      unpack_nibbles(nibbles + p * query_bytes(), page + f.centre_offset, f.dim / 2);
     }
     for (int r = 0; r < count; ++r) {
       ScoreRow& row = score_rows[r];
       row.step = query_step[r] * f.score_step;
       row.offset = -LEVEL_BIAS * query_sum[r] * row.step;
-      if (f.centred) {
-        const i4 at_centre = dot_nibbles(nibbles, query8 + r * query_bytes(), query_bytes()) - CENTRE_ZERO * query_sum[r];
-        for (int p = 0; p < pages; ++p) row.constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
-      }
+      if (!f.centred) continue;
+      const i4 at_centre = dot_nibbles(nibbles, query8 + r * query_bytes(), query_bytes()) - CENTRE_ZERO * query_sum[r];
+      for (int p = 0; p < pages; ++p) row.constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
     }
-    const Planes planes(first_page, bytes, pages, codes, f, layout_k);
-    score_codes({scores, SCORES_LD, tokens, count, planes, layout_k, f.levels8_biased, query_lanes, ldk * LANES, score_rows, scales},
-                Prefetch(first_page + pages * bytes, pages * bytes, tokens / W));
+  }
+
+  // The same for int16 products, which are so exact that the centre's is in float32.
+  void centre_words(const uint8_t* page, int pages) {
+    const Format& f = *k.store.f;
+    for (int r = 0; r < count; ++r) score_rows[r].step = query_step[r] * f.level16_step;
+    for (int p = 0; p < pages && f.centred; ++p, page += k.store.pages_page) {
+      page_centre(centre, page, f);
+      for (int r = 0; r < count; ++r) score_rows[r].constants[p] = dot(rotated + r * ldk, centre, ldk) + head_bias[r];
+    }
   }
 
   // Where the tokens that one tile can take end: dense rows need not lie together.
@@ -321,12 +343,20 @@ struct Tile {
     const int64_t bytes = v.store.pages_page;
     bool finite = true;
     for (int r = 0; r < count; ++r) finite &= factor[r] == factor[r];
-    for (int r = 0; r < count && finite; ++r)
-      factor[r] = quantize_weights(weights8 + r * TILE, scores + r * SCORES_LD, pages * PAGE, factor[r]) * f.level8_step;
     if (finite) {
+      const int tokens = pages * PAGE;
+      const bool words = f.bits > INT8_BITS;
+      for (int r = 0; r < count; ++r) {
+        const float* w = scores + r * SCORES_LD;
+        factor[r] = words ? quantize_weights16(weights16 + r * TILE, w, tokens, factor[r]) * f.level16_step
+                          : quantize_weights(weights8 + r * TILE, w, tokens, factor[r]) * f.level8_step;
+      }
       const Planes planes(page, bytes, pages, codes, f, layout_v);
-      return sum_codes({out, ldv, pages * PAGE, count, planes, layout_v, (const uint8_t*)f.levels8, weights8, TILE, factor},
-                       Prefetch(page + pages * bytes, pages * bytes, pages * PAGE / 4 * layout_v.chunks));
+      const Prefetch ahead(page + pages * bytes, pages * bytes, tokens / 4 * layout_v.chunks);
+      const uint8_t* levels = words ? f.levels16[0] : (const uint8_t*)f.levels8;
+      const uint8_t* weights = words ? (const uint8_t*)weights16 : weights8;
+      const SumArgs args{out, ldv, tokens, count, planes, layout_v, levels, weights, factor};
+      return words ? sum_words(args, ahead, f.bits) : sum_codes(args, ahead);
     }
     for (int p = 0; p < pages; ++p) {
       decode_levels(page + p * bytes, 0, PAGE);

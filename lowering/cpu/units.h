@@ -7,19 +7,23 @@ namespace tqc {
 
 constexpr int UNIT = 64;
 constexpr int PARTS = UNIT / BYTES;
-constexpr int AS_BYTES = 0;  // in place of the bits: rows of planes are no whole number of 16 bytes, codes are unpacked first
+// In place of the bits: codes are a byte each, unpacked first unless they have 8 bits. So it is with more than 4 bits,
+// and where rows of planes are no whole number of 16 bytes.
+constexpr int AS_BYTES = 0;
 
 // How the codes of a format are read. Each 16 bytes of the narrowest plane's rows give `BLOCKS` blocks of 16 elements.
 struct Layout {
   int bits;    // 1 to 4 or AS_BYTES
   int dim;     // 64 or 128, for which units have ways of their own, or 0
   int chunks;  // 16-byte pieces of a row of the narrowest plane
+  bool many_steps;  // from codes to levels
 
   explicit Layout(const Format& f) {
     const int narrowest = f.dim * (f.bits & -f.bits);
     const bool half = f.dim == 64 && f.bits % 2;
-    bits = half || narrowest % 128 == 0 ? f.bits : AS_BYTES;
+    bits = f.bits <= INT8_BITS && (half || narrowest % 128 == 0) ? f.bits : AS_BYTES;
     dim = bits != AS_BYTES && (f.dim == 64 || f.dim == 128) ? f.dim : 0;
+    many_steps = bits == 3 || f.bits == 8;
     chunks = bits == AS_BYTES ? padded(f.dim) / 16 : std::max(1, narrowest / 128);
   }
 };
@@ -29,6 +33,10 @@ template <int bits, int dim>
 constexpr bool HALF = dim == 64 && bits % 2;
 template <int bits, int dim>
 constexpr int BLOCKS = bits == AS_BYTES ? 1 : HALF<bits, dim> ? 4 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
+
+// The order in which sums take blocks: with 3 bits those of one chunk of the wider plane follow each other.
+template <int bits, int dim>
+constexpr int nth_block(int i) { return bits == 3 && !HALF<bits, dim> ? i % 4 * 2 + i / 4 : i; }
 
 template <int shift>
 inline vb shifted(vb x) {
@@ -50,7 +58,9 @@ struct Planes {
   Rows first, second;
 
   Planes(const uint8_t* page, int64_t page_bytes, int pages, uint8_t* scratch, const Format& f, const Layout& layout) {
-    if (layout.bits == AS_BYTES) {
+    if (f.bits == 8 && f.dim % 16 == 0) {
+      first = rows(page, page_bytes, f, 0);
+    } else if (layout.bits == AS_BYTES) {
       const int ld = padded(f.dim);
       for (int p = 0; p < pages; ++p) unpack_page(scratch + p * PAGE * ld, ld, page + p * page_bytes, f);
       first = {scratch, PAGE * ld, ld};
@@ -151,7 +161,7 @@ struct Chunk {
     if constexpr (bits == 3) {
       const vb low = shifted<half ? 2 * block : block / 2 * 2>(first[half ? 0 : block % 2][i]);
       const vb high = shifted<(half ? 2 * block : block) - 2>(second[i]);
-      return pick(table, (low & 3) | (high & uint8_t(~3)), mask);
+      return pick(table, either(low, high, 3), mask);
     } else {
       return pick(table, shifted<half ? 2 * block : bits * block>(first[0][i]), mask);
     }

@@ -56,7 +56,7 @@ def one_thread():
 
 @pytest.fixture(params=LEVELS)
 def provider(request, monkeypatch):
-    """The provider at one level, its int8 products off: they are tested by their error."""
+    """The provider at one level, its products of integers off: they are tested by their error."""
     monkeypatch.setenv("TQC_CPU_LEVEL", request.param)
     kernels = cpu._kernels()
     kernels.use_int8(False)
@@ -238,11 +238,11 @@ def test_accepts():
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["even", "peaked"])
-@pytest.mark.parametrize("bits", range(1, 6))
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("provider", [name for name in LEVELS if name != "scalar"], indirect=True)
-def test_int8_products_add_little_to_the_formats_own_error(provider, head_dim, bits, spread):
-    """Added error of the output by int8 products, against the error that packing makes: at most 5 %."""
+def test_products_of_integers_add_little_to_the_formats_own_error(provider, head_dim, bits, spread):
+    """Added error of the output by int8 or int16 products, against the error that packing makes: at most 5 %."""
     k_fmt, v_fmt = PackedFormat(head_dim, bits, True), PackedFormat(head_dim, bits, False)
     generator = torch.Generator().manual_seed(bits)
     keys, values = (torch.randn(1, 4, 2000, head_dim, generator=generator) for _ in range(2))
@@ -258,3 +258,26 @@ def test_int8_products_add_little_to_the_formats_own_error(provider, head_dim, b
         outputs[int8], _ = cpu.attend(query, *k, *v, *rest)
     exact = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     check_int8(outputs[True], outputs[False], exact)
+    in_float = bits == 8 and provider.level() == "avx2"
+    assert torch.equal(outputs[True], outputs[False]) == in_float
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("provider", [name for name in LEVELS if name != "scalar"], indirect=True)
+def test_sums_of_int16_products_do_not_overflow(provider, bits, sign):
+    """The largest products there are: every code, element of the query and weight is the highest."""
+    fmt = PackedFormat(256, bits, False)
+    k, v = filled(1, 1, 400, fmt, torch.float32), filled(1, 1, 400, fmt, torch.float32)
+    for pages in (k[0], v[0]):
+        pages[:, :, :, fmt.planes[0][2] :] = 255
+        pages[:, :, :, 16:48] = 0
+        pages[:, :, :, :4] = torch.ones(1).view(torch.uint8)
+    query = (sign * fmt.rotation_matrix().T @ torch.ones(256)).view(1, 1, 1, 256)
+    rest = (None, None, None, None, None, 1 / 256, 0.0, False, str(fmt), str(fmt))
+    outputs = {}
+    for integers in (False, True):
+        cpu._kernels().use_int8(integers)
+        outputs[integers], _ = cpu.attend(query, *k, *v, *rest)
+    assert outputs[False].norm() > 1
+    torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=1e-3 * outputs[False].abs().max().item())

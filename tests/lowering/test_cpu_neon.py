@@ -58,7 +58,9 @@ def describe(fmt):
     return [np.frombuffer(numbers, np.uint8), fmt.levels(), fmt.boundaries(), fmt.rotation_matrix()]
 
 
-@pytest.mark.parametrize("head_dim, k_bits, v_bits", [(128, 4, 2), (64, 3, 3), (64, 1, 1), (80, 2, 4), (128, 3, 5)])
+@pytest.mark.parametrize(
+    "head_dim, k_bits, v_bits", [(128, 4, 2), (64, 3, 3), (64, 1, 1), (80, 2, 4), (128, 3, 5), (80, 6, 7), (128, 8, 8)]
+)
 def test_kernels_under_emulation(binary, tmp_path, head_dim, k_bits, v_bits):
     generator = torch.Generator().manual_seed(head_dim + k_bits)
     formats = PackedFormat(head_dim, k_bits, True), PackedFormat(head_dim, v_bits, False)
