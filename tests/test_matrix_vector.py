@@ -14,7 +14,7 @@ def run(function, *examples):
     results = []
 
     def compile_and_run():
-        compiled = regions._inductor(module, [fake.from_tensor(example) for example in examples])
+        compiled, _ = regions._inductor(module, [fake.from_tensor(example) for example in examples])
         results.append(compiled(*examples)[0])
 
     with torch.no_grad(), fresh_cache():
