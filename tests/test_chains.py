@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
+from tests.models.common import FAMILIES
 from tqc import chains, regions, runtime
 from tqc.lowering import cpu
 from tqc.packed_tensor import PackedTensor
@@ -25,18 +26,8 @@ class Subject:
 
     def __init__(self, grows=True, dtype=torch.float32, padding=0, layers=LAYERS, **options):
         torch._dynamo.reset()
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=100,
-        )
-        self.model, self.grows, self.padding = LlamaForCausalLM(config).eval().to(dtype), grows, padding
-        self.graphs = []
+        self.model = FAMILIES["llama"].build(dtype=dtype, num_hidden_layers=layers)
+        self.grows, self.padding, self.graphs = grows, padding, []
         self.model.compile(backend="tqai", options={**OPTIONS, **options})
 
     @property

@@ -3,7 +3,6 @@
 #pragma once
 #include <chrono>
 #include <exception>
-#include <memory>
 #include <vector>
 
 #include "arguments.h"

@@ -1,4 +1,6 @@
 // The extension module: what Python calls.
+#include <memory>
+
 #include "chain.h"
 
 namespace tqc {
