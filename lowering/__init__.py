@@ -13,7 +13,7 @@ and may have
     append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start, k_spec, v_spec)
                                                 append of keys and values in one launch
     make_chain, run_chain, chain_seconds        to run compiled regions and attention in turn by one call, see
-                                                `tqc.chains`
+                                                `tqc.execute.chains`
 """
 
 from __future__ import annotations

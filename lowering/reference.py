@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tqc.format import PackedFormat
-from tqc.ops import append, attend, read
+from tqc.ops.planes import append, attend, read
 
 __all__ = ["FOLDED", "NAME", "accepts", "append", "attend", "read", "supported"]
 

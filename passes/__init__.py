@@ -14,11 +14,11 @@ from torch.fx import GraphModule
 
 from tqc.config import Config
 from tqc.passes.edit import erase_unused_sizes
-from tqc.passes.fold_rotation import fold_rotation
-from tqc.passes.fuse_attention import fuse_attention
-from tqc.passes.pack_cache import pack_cache
 from tqc.passes.plan import Plan, make_plan
-from tqc.passes.read_cache import read_cache
+from tqc.passes.rewrites.fold_rotation import fold_rotation
+from tqc.passes.rewrites.fuse_attention import fuse_attention
+from tqc.passes.rewrites.pack_cache import pack_cache
+from tqc.passes.rewrites.read_cache import read_cache
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from tqc.passes.find_attention import Mask
-from tqc.passes.find_flex_attention import FLEX, block_mask_of, mask_function, shape_of, visible
+from tqc.passes.finders.attention import Mask
+from tqc.passes.finders.flex_attention import FLEX, block_mask_of, mask_function, shape_of, visible
 from tqc.passes.graph import value
 
 # What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops never go.

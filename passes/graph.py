@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
 
 
 def value(node: Any) -> Any:

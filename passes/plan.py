@@ -12,10 +12,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.lowering import choose
-from tqc.passes.find_attention import SDPA, Attention, find_attention
-from tqc.passes.find_cache import CacheWrite, find_cache
-from tqc.passes.find_eager_attention import MATMUL
-from tqc.passes.find_projections import Projection, find_output_projection, find_value_projection
+from tqc.passes.finders.attention import SDPA, Attention, find_attention
+from tqc.passes.finders.cache import CacheWrite, find_cache
+from tqc.passes.finders.eager_attention import MATMUL
+from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
 from tqc.passes.graph import calls, rearranges, value
 
 # What becomes of a site.

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from tqc import ops
+from tqc.cache.packed_tensor import pack
 from tqc.format import PackedFormat
-from tqc.packed_tensor import pack
+from tqc.ops import planes as ops
 
 # Few recent tokens, so that 80 tokens make pages; 8 bits, so that only mistakes show.
 OPTIONS: dict[str, Any] = {

@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tqc
-from tqc import regions, report
-from tqc.packed_tensor import PackedTensor
+from tqc import report
+from tqc.cache.packed_tensor import PackedTensor
+from tqc.execute import regions
 
 EAGER = {"rest": "eager", "provider": "reference", "bits_k": 8, "bits_v": 8, "residual_window": 32}
 PROMPT = torch.arange(80).remainder(97)[None]

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from tests.common import packed_cache
-from tqc.cache_io import CacheFileError, load_cache, save_cache
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.io import CacheFileError, load_cache, save_cache
+from tqc.cache.packed_tensor import PackedTensor
 
 GOLDEN = Path(__file__).parent / "golden"
 

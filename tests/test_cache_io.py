@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, Sta
 
 import tqc
 from tests.common import KEYS, VALUES, packed_cache, states
-from tqc.cache_io import cache_bytes, load_cache, save_cache
-from tqc.packed_tensor import PackedTensor, Storage, write_at
+from tqc.cache.io import cache_bytes, load_cache, save_cache
+from tqc.cache.packed_tensor import PackedTensor, Storage, write_at
 
 OPTIONS = {"provider": "reference", "rest": "eager", "residual_window": 32, "bits_k": 4, "bits_v": 4}
 

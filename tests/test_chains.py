@@ -8,9 +8,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.models.common import FAMILIES
-from tqc import chains, regions, runtime
+from tqc.cache.packed_tensor import PackedTensor
+from tqc.execute import calls as runtime
+from tqc.execute import chains, regions
 from tqc.lowering import cpu
-from tqc.packed_tensor import PackedTensor
 
 if cpu.supported():
     pytest.skip(cpu.supported(), allow_module_level=True)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tqc import cli, cli_generate, cli_show, models
+from tqc import models
+from tqc.cli import app as cli
+from tqc.cli import generate as cli_generate
+from tqc.cli import show as cli_show
 
 
 def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
@@ -58,9 +61,9 @@ def test_bad_input_is_one_line_and_exit_code_2(args: list[str], words: list[str]
 def test_help_needs_neither_torch_nor_a_second() -> None:
     script = "\n".join(
         [
-            "import sys, tqc.cli",
+            "import sys, tqc.cli.app",
             "sys.argv = ['tqc', '--help']",
-            "try: tqc.cli.main()",
+            "try: tqc.cli.app.main()",
             "finally: assert 'torch' not in sys.modules",
         ]
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from tqc import codebook
+from tqc.format import codebook
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 WIDTHS = range(1, 9)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from tqc.cache.packed_tensor import extend, pack
 from tqc.config import Config
-from tqc.evaluate import Evaluation, Row, default_text, evaluate, parse_setting
-from tqc.evaluate_decode import (
+from tqc.evaluate.decode import (
     Decoder,
     LayerShape,
     Passkey,
@@ -29,9 +29,9 @@ from tqc.evaluate_decode import (
     measured_bits,
     passkeys,
 )
-from tqc.evaluate_peers import PEERS, Peer
+from tqc.evaluate.evaluation import Evaluation, Row, default_text, evaluate, parse_setting
+from tqc.evaluate.peers import PEERS, Peer
 from tqc.format import PackedFormat
-from tqc.packed_tensor import extend, pack
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"provider": "reference", "rest": "eager", "residual_window": 32, "bits_k": 3, "bits_v": 3}
@@ -276,7 +276,7 @@ def test_default_text_is_long():
 def test_peers_that_are_not_installed_say_so(model, monkeypatch):
     absent = Peer("other", (("other-cache", "other_cache"),), lambda model: None)
     broken = Peer("broken", (), lambda model: 1 // 0)
-    monkeypatch.setattr("tqc.evaluate_peers.PEERS", (absent, broken))
+    monkeypatch.setattr("tqc.evaluate.peers.PEERS", (absent, broken))
     found = evaluate(model, Letters(), [], "some text " * 30, 100, 40, passkey_tokens=0, peers=True)
     dense, first, second = found.rows
     assert first.reason == "not installed: other-cache" and first.kl_mean is None

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tqc import codebook
 from tqc.format import (
     ALIGNMENT,
     HEADER_BYTES,
@@ -19,11 +18,12 @@ from tqc.format import (
     SCALE_NAN,
     SCALE_ZERO,
     PackedFormat,
+    codebook,
     pack_plane,
     scale_table,
     unpack_plane,
 )
-from tqc.quantizer import decode_pages, encode_pages, unrotate
+from tqc.format.quantizer import decode_pages, encode_pages, unrotate
 
 GOLDEN = Path(__file__).parent / "golden"
 PLANE_WIDTHS = (1, 2, 4, 8)

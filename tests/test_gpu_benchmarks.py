@@ -35,7 +35,7 @@ def test_the_fp8_baseline_is_attention(scripts, group, head_dim, length):
 def test_packed_cache_is_one(scripts):
     from measure import formats, packed_cache
 
-    from tqc import ops
+    from tqc.ops import planes as ops
 
     k_fmt, _ = formats(64, 4, 2)
     parts = packed_cache(2, 1, 1000, k_fmt, torch.float32, "cpu", spare=100)

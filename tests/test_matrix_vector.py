@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from tqc import matrix_vector, regions
+from tqc.execute import matrix_vector, regions
 
 
 def run(function, *examples):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import ReinplaceCounters
 
 from tests.common import empty, filled, normal
-from tqc import ops
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.quantizer import fold, unfold
+from tqc.format.quantizer import fold, unfold
+from tqc.ops import planes as ops
 
 CENTRED = PackedFormat(64, 4, True)
 PLAIN = PackedFormat(64, 4, False)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.common import filled, normal
-from tqc import codebook, ops
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PAGE_TOKENS, PackedFormat, codebook
+from tqc.ops import planes as ops
 
 CENTRED = PackedFormat(64, 4, True)
 PLAIN = PackedFormat(64, 4, False)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tqc.cache.packed_tensor import PackedTensor, pack, write_at
 from tqc.config import Config
 from tqc.format import PAGE_TOKENS
-from tqc.packed_tensor import PackedTensor, pack, write_at
 
 HEADS, HEAD_DIM = 2, 64
 FORMATS = Config(bits_k=8, bits_v=8, residual_window=32).formats(HEAD_DIM, HEAD_DIM)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tqc import codebook, quantizer
-from tqc.format import PAGE_TOKENS, SCALE_NAN, SCALE_ZERO, PackedFormat
-from tqc.quantizer import decode_pages, encode_pages, head_centre, rotate, unrotate
+from tqc.format import PAGE_TOKENS, SCALE_NAN, SCALE_ZERO, PackedFormat, codebook, quantizer
+from tqc.format.quantizer import decode_pages, encode_pages, head_centre, rotate, unrotate
 
 
 def normal(*shape, seed=0):

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from tqc.rotation import ROTATIONS, _splitmix64, rotation
+from tqc.format.rotation import ROTATIONS, _splitmix64, rotation
 
 HEAD_DIMS = (8, 16, 24, 40, 64, 80, 96, 112, 128, 192, 256)
 

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tqc.cache_io import cache_bytes, load_cache, save_cache
+    from tqc.cache.io import cache_bytes, load_cache, save_cache
+    from tqc.cache.packed_tensor import PackedTensor
     from tqc.config import PRESETS, Config
-    from tqc.packed_tensor import PackedTensor
     from tqc.report import explain
 
 __version__ = "0.1.0"
@@ -21,10 +21,10 @@ __all__ = ["PRESETS", "Config", "PackedTensor", "cache_bytes", "explain", "load_
 _HOME = {
     "PRESETS": "config",
     "Config": "config",
-    "PackedTensor": "packed_tensor",
-    "cache_bytes": "cache_io",
-    "load_cache": "cache_io",
-    "save_cache": "cache_io",
+    "PackedTensor": "cache.packed_tensor",
+    "cache_bytes": "cache.io",
+    "load_cache": "cache.io",
+    "save_cache": "cache.io",
     "explain": "report",
 }
 

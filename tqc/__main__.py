@@ -1,5 +1,5 @@
 """`python -m tqc`: the command line."""
 
-from tqc.cli import main
+from tqc.cli.app import main
 
 main()

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tqc import cuda_graphs, optimized_module, report, runtime
+from tqc import optimized_module, report
 from tqc.config import Config
+from tqc.execute import calls as runtime
+from tqc.execute import cuda_graphs
+from tqc.execute.regions import SplitGraph
 from tqc.passes import rewrite
 from tqc.passes.plan import Plan
-from tqc.regions import SplitGraph
 
 log = logging.getLogger(__name__)
 _numbers = itertools.count()

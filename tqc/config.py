@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tqc.format import PackedFormat
-from tqc.rotation import ROTATIONS
+from tqc.format.rotation import ROTATIONS
 
 OFF = 16
 

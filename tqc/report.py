@@ -115,7 +115,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         options: of the backend; those that the model was compiled with if it was, else the defaults.
     """
     from tqc.backend import tqai
-    from tqc.cache_io import cache_bytes
+    from tqc.cache.io import cache_bytes
     from tqc.optimized_module import options_of, with_compiled_call
 
     inner: Any = getattr(model, "_orig_mod", model)

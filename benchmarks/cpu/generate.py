@@ -5,8 +5,8 @@
 
 Models are compiled, prefilled with the same tokens and stepped in turn, one token each, so that a change of the
 machine's speed meets all. `dense` is plain Inductor; `dense_rows` is Inductor with the products of few rows written as
-we do (`tqc.matrix_vector`), which tells the cache's share of the gain from the weights'. Compile caches are emptied
-first. Rows and machine go to benchmarks/results/generate.json.
+we do (`tqc.execute.matrix_vector`), which tells the cache's share of the gain from the weights'. Compile caches are
+emptied first. Rows and machine go to benchmarks/results/generate.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch._inductor.compile_fx import compile_fx
 from transformers import DynamicCache
 
 import tqc
-from tqc import matrix_vector
+from tqc.execute import matrix_vector
 from tqc.models import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -23,7 +23,7 @@ import matplotlib
 import torch
 from transformers import DynamicCache
 
-from tqc import chains, regions
+from tqc.execute import chains, regions
 from tqc.models import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from tqc import ops
 from tqc.format import PAGE_TOKENS
 from tqc.lowering import triton as provider
+from tqc.ops import planes as ops
 
 Row = dict[str, Any]
 # Largest deviations from the reference that count as correct, as a share of the largest value.

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tqc.evaluate import evaluate
+from tqc.evaluate.evaluation import evaluate
 from tqc.models import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from tqc.cache.storage import Storage
 from tqc.config import Config
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.quantizer import decode_pages, encode_pages, head_centre, token_scales, unrotate
-from tqc.storage import Storage
+from tqc.format.quantizer import decode_pages, encode_pages, head_centre, token_scales, unrotate
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 2048

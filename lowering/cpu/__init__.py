@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tqc.format import PackedFormat, scale_table
+from tqc.format.quantizer import unfold
 from tqc.lowering.cpu import build
-from tqc.quantizer import unfold
 
 __all__ = ["FOLDED", "NAME", "accepts", "append", "attend", "level", "read", "supported"]
 

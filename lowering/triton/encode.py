@@ -1,4 +1,4 @@
-"""Encoding of pages on the device, step by step as `tqc.quantizer` does it.
+"""Encoding of pages on the device, step by step as `tqc.format.quantizer` does it.
 
 A program holds the 32 tokens of one page as a tile [32, D], with D = head_dim padded to a power of two; padded elements
 are zeros. `fmt`, the `PackedFormat` itself, is a compile-time constant.
@@ -15,8 +15,8 @@ from tqc.format import SCALE_NAN as _SCALE_NAN
 from tqc.format import SCALE_STEPS as _SCALE_STEPS
 from tqc.format import SCALE_ZERO as _SCALE_ZERO
 from tqc.format import PackedFormat
-from tqc.quantizer import SCALE_SEARCH
-from tqc.quantizer import SCALE_SEARCH_BITS as _SCALE_SEARCH_BITS
+from tqc.format.quantizer import SCALE_SEARCH
+from tqc.format.quantizer import SCALE_SEARCH_BITS as _SCALE_SEARCH_BITS
 
 PAGE_TOKENS = tl.constexpr(_PAGE_TOKENS)
 SCALE_NAN = tl.constexpr(_SCALE_NAN)
@@ -61,7 +61,7 @@ def search_factors(device: torch.device) -> torch.Tensor:
 def packed_format(spec: str):
     """The format of a spec. Kernels take the spec: it is what torch can keep in a graph."""
     # Inductor copies the text of this function to where it compiles a kernel: what it needs is imported here.
-    from tqc import format
+    from tqc.format import packed as format
 
     return format.PackedFormat.parse(spec)
 

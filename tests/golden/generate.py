@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.quantizer import decode_pages, encode_pages, head_centre, unrotate
+from tqc.format.quantizer import decode_pages, encode_pages, head_centre, unrotate
 
 CASES = {
     "keys_3_bits": PackedFormat(64, 3, True),

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from tqc import save_cache
+from tqc.cache.packed_tensor import pack
 from tqc.format import PackedFormat
-from tqc.packed_tensor import pack
 
 FORMATS = (PackedFormat(16, 3, True, 4, 32), PackedFormat(16, 2, False, 4, 32))
 

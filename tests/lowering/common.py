@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from tqc import ops
 from tqc.format import PackedFormat
+from tqc.ops import planes as ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The reference rounds stored tokens to the dtype before it multiplies.

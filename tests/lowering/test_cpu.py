@@ -23,10 +23,10 @@ from tests.lowering.common import (
     filled,
     make_store,
 )
-from tqc import ops
 from tqc.format import PackedFormat
 from tqc.lowering import cpu
 from tqc.lowering.cpu import build
+from tqc.ops import planes as ops
 
 LEVELS = [name for name, needs in build.LEVELS.items() if needs.keys() <= build.cpu_features()]
 formats = st.builds(

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.lowering.common import check_int8
-from tqc import ops
 from tqc.format import PackedFormat, scale_table
 from tqc.lowering.cpu import build
+from tqc.ops import planes as ops
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 if not COMPILER or not EMULATOR:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.lowering.common import DTYPES, EPSILON, check_bytes, drawn, make_store
-from tqc import ops
 from tqc.format import PackedFormat
+from tqc.ops import planes as ops
 
 pytest.importorskip("triton")
 from tqc.lowering.triton.append import append, append_pair  # noqa: E402

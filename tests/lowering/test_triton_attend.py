@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.lowering.common import DTYPES, arguments, check_attend, compare, draw_arguments, drawn, filled
-from tqc import ops
 from tqc.format import PackedFormat
+from tqc.ops import planes as ops
 
 triton = pytest.importorskip("triton")
 from tqc.lowering import triton as provider  # noqa: E402

@@ -34,13 +34,13 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 from compiled import _Driver
 
-from tqc import runtime
+from tqc.cache.packed_tensor import PackedTensor
+from tqc.cache.storage import Storage
+from tqc.execute import calls as runtime
 from tqc.format import PackedFormat
 from tqc.lowering.triton import traced_ops, tuning
 from tqc.lowering.triton.append import append_tables
 from tqc.lowering.triton.attention import attend_tables
-from tqc.packed_tensor import PackedTensor
-from tqc.storage import Storage
 
 append, attention = (importlib.import_module(f"tqc.lowering.triton.{name}") for name in ("append", "attention"))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.common import OPTIONS
 from tqc import report
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
 from tqc.passes.plan import Plan
 
 VOCAB = 128

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from tqc import cuda_graphs, runtime
+from tqc.execute import calls as runtime
+from tqc.execute import cuda_graphs
 from tqc.lowering import triton as provider
 
 

@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 import tqc  # noqa: E402
 from tests.models.common import FAMILIES, assert_caches_close, compiled, layers, prompt, run  # noqa: E402
 from tests.models.fake_cuda_graph import fake_cuda  # noqa: E402, F401
-from tqc import cuda_graphs, runtime  # noqa: E402
 from tqc.config import Config  # noqa: E402
+from tqc.execute import calls as runtime  # noqa: E402
+from tqc.execute import cuda_graphs  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_cuda_graphs_gpu.py")
 OPTIONS: dict[str, Any] = {"provider": "triton", "cuda_graphs": True}

@@ -10,7 +10,8 @@ from transformers import StaticCache
 
 pytest.importorskip("triton")
 from tests.models.common import FAMILIES, dense, layers, prompt, run  # noqa: E402
-from tqc import cuda_graphs, report  # noqa: E402
+from tqc import report  # noqa: E402
+from tqc.execute import cuda_graphs  # noqa: E402
 from tqc.lowering import triton as provider  # noqa: E402
 
 pytestmark = [

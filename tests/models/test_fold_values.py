@@ -16,8 +16,8 @@ import tqc
 from tests.common import OPTIONS
 from tests.models.common import FAMILIES, assert_caches_close, assert_close, compiled, layers, prompt, run
 from tests.passes.common import notes
-from tqc import folded_weights, regions
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
+from tqc.execute import folded_weights, regions
 from tqc.passes.plan import DENSE, FUSE, PACK, Plan
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.models.common import FAMILIES, assert_caches_close, assert_close, compiled, layers, prompt, run, sites
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
 from tqc.passes.plan import FUSE
 
 NEW = 8

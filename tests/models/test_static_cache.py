@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 from tests.models.common import FAMILIES, assert_caches_close, assert_close, compiled, layers, prompt, run, sites
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
 from tqc.passes.plan import DENSE, FUSE
 
 CAPACITY = 128

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.common import OPTIONS
 from tqc import report
+from tqc.cache.packed_tensor import PackedTensor, pack
 from tqc.config import Config
-from tqc.packed_tensor import PackedTensor, pack
 from tqc.passes.plan import Plan, Site
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.passes.common import compiled, error, only_site, packed, tensors
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
 from tqc.passes.plan import DENSE, FUSE, PACK
 
 TOKENS = 81

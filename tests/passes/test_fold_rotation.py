@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import tqc
 from tests.passes.common import OPTIONS, compiled, notes
-from tqc import lowering, runtime
+from tqc import lowering
+from tqc.cache.packed_tensor import pack
 from tqc.config import Config
+from tqc.execute import calls as runtime
+from tqc.format.quantizer import fold
 from tqc.lowering import reference
-from tqc.packed_tensor import pack
 from tqc.passes import rewrite
 from tqc.passes.plan import FUSE, PACK
-from tqc.quantizer import fold
 
 HEADS, QUERY_HEADS, HEAD_DIM, HIDDEN = 2, 4, 16, 64
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.models.common import FAMILIES, OPTIONS, compiled, layers, prompt, run
-from tqc.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor
 
 
 @pytest.fixture(scope="module")

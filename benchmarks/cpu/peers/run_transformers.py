@@ -23,7 +23,7 @@ def new_cache(config: Any, tokens: int) -> Any:
     if kind == "static":
         return StaticCache(config=config, max_cache_len=tokens)
     if kind == "tqai":
-        from tqc.evaluate_peers import PEERS
+        from tqc.evaluate.peers import PEERS
 
         return next(peer for peer in PEERS if peer.name == "tqai K4 V2").new_cache(model)
     axis = {"quanto": 0, "hqq": 1}[kind]

@@ -1,0 +1,309 @@
+"""The command line: `tqc run`, `compare`, `explain`, `eval` and `info`.
+
+torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compressed KV caches for any transformer, by compiling it.",
+)
+
+
+def _whole_number(text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a whole number; got {text!r}") from None
+
+
+def _positive(text: str | int) -> int:
+    if (number := _whole_number(text)) < 1:
+        raise typer.BadParameter(f"must be at least 1; got {number}")
+    return number
+
+
+def _count(help: str, parser: Callable[[str | int], int] = _whole_number) -> Any:
+    return typer.Option(parser=parser, metavar="N", help=help)
+
+
+Prompt = Annotated[str, typer.Argument(help="Text to continue; a chat turn where the model has a chat template.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id; the embedded SmolLM2-135M if absent.")
+]
+BitsK = Annotated[int | None, _count("Bits of a key code: 1 to 8, or 16 (with --bits-v 16) for dense.")]
+BitsV = Annotated[int | None, _count("Bits of a value code: 1 to 8, or 16 for dense.")]
+Preset = Annotated[str | None, typer.Option(help="Named settings (see `tqc info`); other options override it.")]
+SinkTokens = Annotated[int | None, _count("Tokens at the start that stay dense.")]
+ResidualWindow = Annotated[int | None, _count("Recent tokens that stay dense at most, a multiple of 32.")]
+MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+
+EXPLAIN_PROMPT = "What is gravity?"
+
+
+class BadInput(typer.BadParameter):
+    """Input that cannot be used; the message is the one line that the user sees."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+def main() -> None:
+    """Entry point: an error in the input is one line on stderr and exit code 2."""
+    # The bar over GGUF tensors obeys nothing else, and tqdm reads this when torch imports it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = app(standalone_mode=False)
+    except usage_error as error:
+        message = " ".join(error.format_message().split())
+        if message:  # none if the help was printed instead
+            typer.echo(f"tqc: {message}", err=True)
+        code = 2
+    except typer.Abort:
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def run(
+    prompt: Prompt,
+    model: Model = None,
+    bits_k: BitsK = None,
+    bits_v: BitsV = None,
+    preset: Preset = None,
+    sink_tokens: SinkTokens = None,
+    residual_window: ResidualWindow = None,
+    max_tokens: MaxTokens = 200,
+    dtype: Dtype = "auto",
+    dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text through a compressed cache."""
+    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
+    if dense and options:
+        raise BadInput(f"--dense compresses nothing, so it takes no {_flag(next(iter(options)))}")
+    with _status("loading the model") as status:
+        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
+        from tqc.cli.generate import compile_model, generate
+
+        compile_model(loaded, None if dense else options)
+        status.update("compiling (cached for the next time)")
+
+        def show(text: str) -> None:
+            status.stop()
+            if not as_json:
+                print(text, end="", flush=True)
+
+        result = generate(loaded, tokenizer, inputs, max_tokens, show)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        from tqc.cli.show import summary
+
+        print(flush=True)
+        _stderr().print(summary(result), style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    prompt: Prompt,
+    model: Model = None,
+    bits_k: BitsK = None,
+    bits_v: BitsV = None,
+    preset: Preset = None,
+    sink_tokens: SinkTokens = None,
+    residual_window: ResidualWindow = None,
+    max_tokens: MaxTokens = 200,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate with a dense and a compressed cache, and say how they differ."""
+    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
+    with _status("loading the model") as status:
+        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
+        from tqc.cli.generate import compare as compare_runs
+
+        result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        from rich.console import Console
+
+        from tqc.cli.show import comparison
+
+        console = Console()
+        console.print(*comparison(result, console.width), sep="\n")
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="Text that the model is traced with.")] = EXPLAIN_PROMPT,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say which caches of a model get packed, with which kernels, and why others stay dense."""
+    with _status("loading the model") as status:
+        loaded, _, inputs = _load_with_prompt(model, dtype, prompt)
+        import tqc
+
+        status.update("tracing")
+        report = tqc.explain(loaded, **inputs)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        from rich import print as rich_print
+
+        rich_print(report)
+
+
+@app.command("eval")
+def evaluate(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Presets, or bits like k4v2, with parts like k3v3:w128:s8; all presets.")
+    ] = None,
+    model: Model = None,
+    text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
+    tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
+    peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
+    plot: Annotated[str | None, typer.Option(help="PNG to draw divergence over bits into.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure how far compressed caches move a model's predictions, decoding a text through each of them."""
+    from tqc.config import PRESETS
+    from tqc.evaluate.evaluation import evaluate as run_evaluation
+    from tqc.evaluate.evaluation import parse_setting
+
+    settings = settings or [name for name in PRESETS if name != "off"]
+    try:
+        for setting in settings:
+            parse_setting(setting)
+        content = Path(text).read_text() if text else None
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        raise BadInput(f"--text {text!r} cannot be read: {error.strerror}") from None
+    with _status("loading the model") as status:
+        loaded, tokenizer = _load(model, dtype)
+        try:
+            result = run_evaluation(
+                loaded, tokenizer, settings, text=content, tokens=tokens, peers=peers, on_step=status.update
+            )
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    if plot:
+        result.plot(plot)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        from rich import print as rich_print
+
+        rich_print(result)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, kernels, presets and folders."""
+    from tqc.cli.info import describe, tables
+
+    facts = describe()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from rich.console import Console
+
+    Console().print(*tables(facts), sep="\n")
+
+
+def _options(
+    bits_k: int | None,
+    bits_v: int | None,
+    preset: str | None,
+    sink_tokens: int | None,
+    residual_window: int | None,
+) -> dict[str, Any]:
+    """The backend's options that were given, checked before anything slow starts."""
+    given = {
+        "bits_k": bits_k,
+        "bits_v": bits_v,
+        "preset": preset,
+        "sink_tokens": sink_tokens,
+        "residual_window": residual_window,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    from tqc.config import Config
+
+    try:
+        Config.from_options(options)
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        for name in given:
+            message = message.replace(name, _flag(name))
+        raise BadInput(message) from None
+    return options
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _load(model: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU if there is one."""
+    from tqc import models
+
+    if dtype not in models.DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(models.DTYPES)}; got {dtype!r}")
+    try:
+        models.quiet_transformers()
+        loaded, tokenizer = models.load(model, dtype)
+    except models.ModelError as error:
+        raise BadInput(str(error)) from None
+    import torch
+
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
+    if not prompt.strip():
+        raise BadInput("PROMPT is empty: give some text")
+    loaded, tokenizer = _load(model, dtype)
+    from tqc.models import encode
+
+    return loaded, tokenizer, {name: tensor.to(loaded.device) for name, tensor in encode(tokenizer, prompt).items()}
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def _status(message: str) -> Iterator[Status]:
+    with _stderr().status(message) as status:
+        yield status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How far a compressed cache moves a model's predictions, decoded through the cache."""

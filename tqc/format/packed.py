@@ -1,0 +1,202 @@
+"""The packed format, version 1: one byte layout for every device and for disk. docs/format.md shows it byte for byte.
+
+One packed tensor of shape [batch, num_key_value_heads, length, head_dim] is held in three tensors:
+
+- `pages`, uint8 [batch, heads, num_pages, page_bytes]: the packed tokens, 32 to a page;
+- `dense`, model dtype [batch, heads, 1 + sink_tokens + residual_window, head_dim]: row 0 is the head's centre
+  (rotated), then the first `sink_tokens` tokens, then a ring of the most recent ones, as they came (not rotated,
+  unless the format is `folded`);
+- `state`, int64 [2]: how many tokens there are, and how many of them are packed.
+
+Token t >= sink_tokens has the packed index u = t - sink_tokens. It lives in page u // 32 if u < packed, else in the
+ring at row 1 + sink_tokens + u % residual_window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+
+from tqc.format import codebook
+from tqc.format.rotation import ROTATIONS, rotation
+
+FORMAT_VERSION = 1
+PAGE_TOKENS = 32
+HEADER_BYTES = 16
+# Scales are stored as base * 2**(-code / SCALE_STEPS), the two codes above the last one are special.
+SCALE_STEPS = 32
+SCALE_NAN = 254
+SCALE_ZERO = 255
+# A page's centre is stored as (code + CENTRE_ZERO), codes -7 to 7, in half a byte.
+CENTRE_LIMIT = 7
+CENTRE_ZERO = 8
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How one cached tensor is packed: everything that its bytes depend on, apart from shape and dtype.
+
+    Attributes:
+        head_dim: size of one key or value vector; a multiple of 8.
+        bits: width of a code, 1 to 8.
+        centred: whether a per-head and per-page mean is taken off before coding (keys).
+        sink_tokens: how many tokens at the start stay dense.
+        residual_window: how many of the most recent tokens stay dense at most; a multiple of 32. At least
+            `residual_window - 31` do.
+        rotation: "hadamard" or "haar".
+        seed: of the rotation, below 2**64.
+        folded: whether the model itself makes the vectors rotated, by weights that the rotation was folded into
+            (values): then dense rows hold them so, and packing does not rotate. Only `read` gives them back as the
+            model without folding makes them.
+    """
+
+    head_dim: int
+    bits: int
+    centred: bool
+    sink_tokens: int = 4
+    residual_window: int = 64
+    rotation: str = "hadamard"
+    seed: int = 0
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head_dim < 8 or self.head_dim % 8:
+            raise ValueError(f"head_dim must be a multiple of 8, got {self.head_dim}")
+        if not 1 <= self.bits <= codebook.MAX_BITS:
+            raise ValueError(f"bits must be between 1 and {codebook.MAX_BITS}, got {self.bits}")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
+        if self.residual_window < PAGE_TOKENS or self.residual_window % PAGE_TOKENS:
+            raise ValueError(
+                f"residual_window must be a positive multiple of {PAGE_TOKENS}, got {self.residual_window}"
+            )
+        if self.rotation not in ROTATIONS:
+            raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
+
+    @cached_property
+    def spec(self) -> str:
+        """Names the format in op calls, compiled graphs and files."""
+        return str(self)
+
+    def __str__(self) -> str:
+        kind = "centred" if self.centred else "plain"
+        return (
+            f"tq{FORMAT_VERSION}:d{self.head_dim}:b{self.bits}:{kind}:s{self.sink_tokens}:w{self.residual_window}"
+            f":{self.rotation}:{self.seed}{':folded' if self.folded else ''}"
+        )
+
+    @staticmethod
+    @cache
+    def parse(spec: str) -> PackedFormat:
+        """The format that `str` wrote.
+
+        Raises:
+            ValueError: if `spec` is malformed or of another version.
+        """
+        parts = spec.split(":")
+        if parts[0] != f"tq{FORMAT_VERSION}":
+            raise ValueError(f"spec {spec!r} is not of packed format version {FORMAT_VERSION}")
+        try:
+            _, d, b, kind, s, w, rot, seed, *folded = parts
+            if (d[0], b[0], s[0], w[0]) != ("d", "b", "s", "w") or kind not in ("centred", "plain"):
+                raise ValueError
+            if folded not in ([], ["folded"]):
+                raise ValueError
+            head_dim, bits, sinks, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
+        except (ValueError, IndexError):
+            raise ValueError(f"malformed spec {spec!r}") from None
+        return PackedFormat(head_dim, bits, kind == "centred", sinks, window, rot, number, bool(folded))
+
+    @cached_property
+    def planes(self) -> tuple[tuple[int, int, int], ...]:
+        """(width, shift, byte offset in the page) of each bit plane; a code is the sum of plane value << shift."""
+        offset, shift, result = self._planes_offset, 0, []
+        for width in (8, 4, 2, 1):
+            if self.bits & width:
+                result.append((width, shift, offset))
+                shift += width
+                offset = _align(offset + PAGE_TOKENS * self.head_dim * width // 8)
+        return tuple(result)
+
+    @cached_property
+    def scales_offset(self) -> int:
+        return HEADER_BYTES
+
+    @cached_property
+    def score_variance(self) -> float:
+        """Variance of a coordinate's coding error, as a share of the squared scale (see `tqc.ops.attend`)."""
+        return codebook.distortion(self.head_dim, self.bits)
+
+    @cached_property
+    def centre_offset(self) -> int:
+        return HEADER_BYTES + PAGE_TOKENS
+
+    @cached_property
+    def _planes_offset(self) -> int:
+        return _align(self.centre_offset + (self.head_dim // 2 if self.centred else 0))
+
+    @cached_property
+    def page_bytes(self) -> int:
+        width, _, offset = self.planes[-1]
+        return _align(offset + PAGE_TOKENS * self.head_dim * width // 8)
+
+    @property
+    def dense_rows(self) -> int:
+        return 1 + self.sink_tokens + self.residual_window
+
+    def packed_tokens(self, length: int, already: int = 0) -> int:
+        """How many of `length` tokens are packed (not dense), a multiple of 32, never fewer than `already`."""
+        over = length - self.sink_tokens - self.residual_window
+        return max(already, -(-over // PAGE_TOKENS) * PAGE_TOKENS, 0)
+
+    def levels(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        return _on_device(codebook.levels, (self.head_dim, self.bits), str(device))
+
+    def boundaries(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        return _on_device(codebook.boundaries, (self.head_dim, self.bits), str(device))
+
+    def rotation_matrix(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        return _on_device(rotation, (self.head_dim, self.rotation, self.seed), str(device))
+
+
+@cache
+def _on_device(table, args, device: str) -> torch.Tensor:
+    return table(*args).to(device)
+
+
+@cache
+def scale_table(device: str = "cpu") -> torch.Tensor:
+    """Factor of each scale code, float32 [256]: 2**(-code / 32), then NaN and 0 for the two special codes."""
+    table = torch.exp2(-torch.arange(256, dtype=torch.float64) / SCALE_STEPS).float()
+    table[SCALE_NAN] = float("nan")
+    table[SCALE_ZERO] = 0.0
+    return table.to(device)
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def pack_plane(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Pack `values`, uint8 [..., head_dim] below 2**width, into bytes, uint8 [..., head_dim * width // 8].
+
+    With n = 8 // width fields in a byte and stride = head_dim // n, element e is field e // stride of byte e % stride,
+    lowest bits first: no value spans two bytes and unpacking is a shift and a mask.
+    """
+    fields = 8 // width
+    split = values.unflatten(-1, (fields, values.shape[-1] // fields))
+    packed = torch.zeros_like(split[..., 0, :])
+    for field in range(fields):
+        packed |= split[..., field, :] << (field * width)
+    return packed
+
+
+def unpack_plane(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Inverse of `pack_plane`: uint8 [..., head_dim]."""
+    mask = 2**width - 1
+    return torch.cat([(packed >> (field * width)) & mask for field in range(8 // width)], dim=-1)
