@@ -16,11 +16,12 @@ from matplotlib import pyplot
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TQC_COLOR = "tab:red"
+OTHER_COLORS = [color for number, color in enumerate(pyplot.get_cmap("tab20").colors) if number != 6]  # which is red
 
 
 def generate_peers(result: dict[str, Any], file: Path) -> None:
     """Milliseconds of a token over the tokens in the cache, and their increase over the shortest context."""
-    figure, (whole, increase) = pyplot.subplots(1, 2, figsize=(13, 6), sharex=True)
+    figure, (whole, increase) = pyplot.subplots(1, 2, figsize=(15, 6), sharex=True, layout="constrained")
     for number, row in enumerate(result["rows"]):
         points = sorted((int(field[3:]), value) for field, value in row.items() if field.startswith("ms_"))
         if len(points) < 2:
@@ -32,15 +33,15 @@ def generate_peers(result: dict[str, Any], file: Path) -> None:
             "marker": "osD^vP*X"[number % 8],
             "linestyle": "-" if row["weights"] == "float32" else "--",
             "linewidth": 2.5 if ours else 1.2,
-            "color": TQC_COLOR if ours else pyplot.get_cmap("tab20")(number % 20),
+            "color": TQC_COLOR if ours else OTHER_COLORS[number % len(OTHER_COLORS)],
         }
         whole.plot(contexts, times, **style)
-        increase.plot(contexts, [max(time - times[0], 0.01) for time in times], **style)
+        increase.plot(contexts, [time - times[0] for time in times], **style)
     whole.set_yscale("log")
     increase.set_yscale("symlog", linthresh=1)
     whole.set(xlabel="tokens in the cache", ylabel="ms a token", title="a token (dashed: 4-bit weights)")
     increase.set(xlabel="tokens in the cache", ylabel="ms more than at the shortest context", title="increase")
-    whole.legend(fontsize=7)
+    figure.legend(*whole.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     _save(figure, result, file)
 
 
@@ -78,7 +79,8 @@ def attention(result: dict[str, Any], file: Path) -> None:
 def _save(figure: Any, result: dict[str, Any], file: Path) -> None:
     hardware = result["hardware"]
     figure.suptitle(f"{hardware['processor']}, {hardware['threads']} threads, {result['date']}", fontsize=9)
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 

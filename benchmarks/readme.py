@@ -1,13 +1,17 @@
-"""Put the tables of benchmarks/results/*.json into README.md and docs/performance.md, between their two markers.
+"""Write docs/results.md from benchmarks/results/*.json, and the tables of README.md and docs/performance.md.
 
 python benchmarks/readme.py             write them
 python benchmarks/readme.py --check     only say whether they are up to date (exit code 1 if not)
+
+docs/results.md is written whole. In the other two a table stands between `<!-- results:begin NAME -->` and
+`<!-- results:end -->`, NAME being that of the result file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BLOCK = re.compile(r"(<!-- results:begin (\w+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 Columns = list[tuple[str, str, str]]
 FIELDS = ("name", "command", "date", "hardware", "versions", "rows", "notes")
 
@@ -29,6 +33,23 @@ _QUALITY = [
     ("perplexity", "perplexity", ".2f"),
     ("perplexity_increase", "increase", "+.1%"),
     ("passkeys_found", "passkeys of 5", ""),
+]
+_QUALITY_SHORT = [
+    ("name", "cache", ""),
+    ("bits_4096", "bits at 4,096 tokens", ".2f"),
+    ("kl_mean", "KL mean", ".2g"),
+    ("top1_agreement", "same top-1", ".1%"),
+    ("perplexity_increase", "perplexity", "+.1%"),
+]
+# The peers in README.md, beside all presets: the best with 4 and with 2 bits, and tqai as published and by default.
+QUALITY_PEERS = ("transformers hqq 4 bits", "transformers hqq 2 bits", "tqai K4 V2", "tqai K8 V8")
+_GENERATE_SHORT = [
+    ("context", "tokens in the cache", ",d"),
+    ("packed_step_ms", "ms a token, packed", ".1f"),
+    ("dense_step_ms", "dense", ".1f"),
+    ("speedup", "speed over dense", ".2f"),
+    ("speedup_over_dense_rows", "over dense with our products", ".2f"),
+    ("memory", "cache bytes over dense", ".3f"),
 ]
 _GENERATE = [
     ("context", "tokens in the cache", ",d"),
@@ -53,14 +74,7 @@ _STEP_PROFILE = [
 ]
 _PEERS = [("name", "", ""), ("weights", "weights", ""), ("cache", "cache", "")]
 _CONTEXTS = (256, 1024, 4096, 8000)
-_PEERS_SHORT = [
-    *_PEERS,
-    ("ms_256", "ms a token at 256 tokens", ".1f"),
-    ("ms_8000", "at 8,000", ".1f"),
-    ("increase_ms", "increase", ".1f"),
-    ("peak_mb_8000", "peak MB at 8,000", ",d"),
-]
-_PEERS_FULL = [
+_GENERATE_PEERS = [
     *_PEERS,
     *((f"ms_{context}", f"ms at {context:,}", ".1f") for context in _CONTEXTS),
     ("increase_ms", "increase", ".1f"),
@@ -70,16 +84,7 @@ _PEERS_FULL = [
     ("read_gb_s", "GB/s before", ".0f"),
     ("date", "date", ""),
 ]
-_ATTENTION_SHORT = [
-    ("length", "tokens", ",d"),
-    ("k4v2_us", "µs, K4 V2", ",.0f"),
-    ("bf16_us", "torch bf16", ",.0f"),
-    ("flex_us", "flex_attention bf16", ",.0f"),
-    ("onnxruntime_us", "onnxruntime", ",.0f"),
-    ("k4v2_over_bf16", "speed over torch bf16", ".1f"),
-    ("k4v2_of_floor", "time over floor", ".2f"),
-]
-_ATTENTION_FULL = [
+_ATTENTION = [
     ("batch", "batch", ""),
     ("heads_dim", "heads", ""),
     ("length", "tokens", ",d"),
@@ -98,51 +103,56 @@ _LEVELS = [
     *((f"{bits}_us", f"µs, {bits[:2].upper()} {bits[2:].upper()}", ",.0f") for bits in _BITS),
     *((f"{bits}_ratio", f"{bits[:2].upper()} {bits[2:].upper()}, AVX2 over it", ".1f") for bits in _BITS),
 ]
-BEST_PEERS = (
-    "tqc default",
-    "Inductor, DynamicCache",
-    "transformers hqq",
-    "llama.cpp f16, f32",
-    "llama.cpp q8_0, file",
-    "OpenVINO u8",
-)
 
 
 @dataclass(frozen=True)
 class Table:
-    """How a result file is shown: columns are (field of a row, heading, format), rows those that `shows` wants."""
+    """How a result file is shown: columns are (field of a row, heading, format), rows those that `shows` wants; with
+    the file's notes or without."""
 
     title: str
     columns: Columns
     shows: Callable[[dict[str, Any]], bool] = lambda row: True
+    notes: bool = True
 
 
-# The tables of each document in their order, by result file. README.md shows files that none names with all fields.
-_ATTENTION = "Decode attention, the least time of a call"
+RESULTS_PAGE = "docs/results.md"
+# The tables of each document in their order, by result file. A result that none names is in docs/results.md, with all
+# its fields; README.md shows excerpts, and no other table stands in two documents.
 DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {
+        "quality": Table(
+            "Quality, SmolLM2-135M-Instruct",
+            _QUALITY_SHORT,
+            lambda row: row["kind"] != "peer" or row["name"] in QUALITY_PEERS,
+            notes=False,
+        ),
+        "generate": Table(
+            "Decoding on the CPU, SmolLM2-135M, float32, default preset, against Inductor with a dense cache",
+            _GENERATE_SHORT,
+            notes=False,
+        ),
+    },
+    RESULTS_PAGE: {
         "quality": Table("Quality, SmolLM2-135M-Instruct", _QUALITY),
-        "generate": Table("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
-        "first_token": Table("From the command `tqc run` to its first token", _FIRST_TOKEN),
-        "generate_peers": Table(
-            "Decoding beside others on the CPU (all of them: docs/performance.md)",
-            _PEERS_SHORT,
-            lambda row: row["name"] in BEST_PEERS,
-        ),
-        "attention": Table(
-            f"{_ATTENTION}, batch 1, 32 query and 8 key heads of 128 (more: docs/performance.md)",
-            _ATTENTION_SHORT,
-            lambda row: (row["batch"], row["heads_dim"]) == (1, "32/8 x 128"),
-        ),
         "quality_biased_keys": Table("Quality with a large bias in the keys, as Qwen2 models have", _QUALITY),
+        "generate": Table("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
+        "generate_peers": Table("Decoding, beside others on the CPU", _GENERATE_PEERS),
+        "first_token": Table("From the command `tqc run` to its first token", _FIRST_TOKEN),
+        "attention": Table("Decode attention, the least time of a call", _ATTENTION),
     },
     "docs/performance.md": {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),
-        "generate_peers": Table("Decoding, beside others on the CPU", _PEERS_FULL),
-        "attention": Table(_ATTENTION, _ATTENTION_FULL),
         "levels": Table("Decode attention with AVX-512, and with AVX2 on the same processor", _LEVELS),
     },
 }
+RESULTS_HEAD = """# Results
+
+<!-- Written by benchmarks/readme.py from benchmarks/results/*.json: change those, not this file. -->
+
+Below each table stands the command that made it, with the day, the machine and the versions. Two more tables are in
+[performance.md](performance.md), which says where time and memory go: the parts of a decode step, and AVX2 beside
+AVX-512."""
 
 
 def results() -> list[dict[str, Any]]:
@@ -171,10 +181,10 @@ def all_fields(result: dict[str, Any]) -> Table:
     )
 
 
-def section(result: dict[str, Any], table: Table) -> str:
+def section(result: dict[str, Any], table: Table, title: str = "**{}**") -> str:
     """Title, table and provenance of one result file, as Markdown."""
     columns = table.columns
-    lines = [f"**{table.title}**", "", _line(heading for _, heading, _ in columns), _line("---" for _ in columns)]
+    lines = [title.format(table.title), "", _line(heading for _, heading, _ in columns), _line("---" for _ in columns)]
     for row in filter(table.shows, result["rows"]):
         cells = [_cell(row.get(field), spec) for field, _, spec in columns]
         if row.get("reason"):
@@ -185,7 +195,7 @@ def section(result: dict[str, Any], table: Table) -> str:
     )
     packages = ", ".join(f"{name} {version}" for name, version in _items(result["versions"]))
     lines += ["", f"`{result['command']}`, {result['date']}; {machine}; {packages}."]
-    return "\n".join([*lines, *(f"{note}" for note in result["notes"])])
+    return "\n".join([*lines, *(result["notes"] if table.notes else ())])
 
 
 def _items(fields: dict[str, Any]) -> list[tuple[str, str]]:
@@ -208,19 +218,35 @@ def render(document: str, text: str) -> str:
     """`text` of the document with current tables.
 
     Raises:
-        ValueError: if it does not have both markers, in order.
+        ValueError: if it does not have the markers of its tables.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{document} has no {BEGIN} ... {END}")
     found, known = {result["name"]: result for result in results()}, DOCUMENTS[document]
-    sections = [section(found[name], table) for name, table in known.items() if name in found]
-    if document == "README.md":
-        shown = set().union(*DOCUMENTS.values())
-        sections += [section(result, all_fields(result)) for name, result in found.items() if name not in shown]
-    tables = "\n\n".join(sections) or "Not measured yet."
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+    if document == RESULTS_PAGE:
+        return _results_page(found)
+    marked = [name for _, name, _ in BLOCK.findall(text)]
+    if sorted(marked) != sorted(known):
+        raise ValueError(
+            f"{document} must have <!-- results:begin NAME --> ... <!-- results:end --> once for each of "
+            f"{', '.join(known)}; it has {', '.join(marked) or 'none'}"
+        )
+
+    def filled(block: re.Match[str]) -> str:
+        begin, name, end = block.groups()
+        return f"{begin}{section(found[name], known[name]) if name in found else 'Not measured yet.'}\n{end}"
+
+    return BLOCK.sub(filled, text)
+
+
+def _results_page(found: dict[str, dict[str, Any]]) -> str:
+    named = set().union(*DOCUMENTS.values())
+    tables = {name: table for name, table in DOCUMENTS[RESULTS_PAGE].items() if name in found}
+    tables |= {name: all_fields(result) for name, result in found.items() if name not in named}
+    parts = [RESULTS_HEAD]
+    for name, table in tables.items():
+        parts.append(section(found[name], table, "## {}"))
+        if (RESULTS / f"{name}.png").exists():
+            parts.append(f"![{table.title}](../benchmarks/results/{name}.png)")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -229,13 +255,13 @@ def main() -> None:
     check = parser.parse_args().check
     for document in DOCUMENTS:
         path = ROOT / document
-        text = path.read_text()
+        text = path.read_text() if path.exists() else ""
         try:
             current = render(document, text)
         except ValueError as error:
             sys.exit(str(error))
         if check and current != text:
-            sys.exit(f"the tables in {document} are not those of benchmarks/results: run python benchmarks/readme.py")
+            sys.exit(f"{document} is not what benchmarks/results gives: run python benchmarks/readme.py")
         if not check:
             path.write_text(current)
 

@@ -1,21 +1,8 @@
-"""The reference implementation as a provider: runs everywhere, in plain torch."""
+"""The reference as a provider: runs everywhere, in plain torch."""
 
 from __future__ import annotations
 
-import torch
+from tqc.lowering.provider import Provider
+from tqc.ops import planes
 
-from tqc.format import PackedFormat
-from tqc.ops.planes import append, attend, read
-
-__all__ = ["FOLDED", "NAME", "accepts", "append", "attend", "read", "supported"]
-
-NAME = "reference"
-FOLDED = True
-
-
-def supported() -> str | None:
-    return None
-
-
-def accepts(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, device_type: str) -> str | None:
-    return None
+PROVIDER = Provider("reference", rank=100, supports=lambda *_: None, load=lambda: planes, folded=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-from tqc.passes.finders.attention import Mask
-from tqc.passes.finders.flex_attention import FLEX, block_mask_of, mask_function, shape_of, visible
-from tqc.passes.graph import value
+from tqc.ops import Op, example, set_example, update
+from tqc.passes.finders.flex_attention import FLEX
+from tqc.torch_private import FakeTensor
 
 # What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops never go.
 _PURE_METHODS = {
@@ -35,7 +34,6 @@ _PURE_FUNCTIONS = {
     torch.nn.functional.softmax,
     torch.nn.functional.dropout,
     torch.nn.functional.scaled_dot_product_attention,
-    torch._C._nn.scaled_dot_product_attention,
     operator.add,
     operator.mul,
     operator.sub,
@@ -46,111 +44,67 @@ _PURE_FUNCTIONS = {
 }
 
 
-def set_value(node: Node, example: Any) -> None:
-    """Record the example value (a fake tensor) that later passes and the compiler read."""
-    node.meta["example_value"] = example
+def erase_unused(gm: GraphModule) -> None:
+    """Erase what nothing reads any more: the way from a cache to attention, and arithmetic on sizes, on which regions
+    would depend for nothing."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: not _may_go(node))
 
 
-def erase_unused(node: Node) -> None:
-    """Erase `node` if nothing reads it and it has no effects, then likewise the nodes it alone read."""
-    if node.users or not (
-        (node.op == "call_method" and node.target in _PURE_METHODS)
-        or (node.op == "call_function" and node.target in _PURE_FUNCTIONS)
-    ):
-        return
-    inputs = list(node.all_input_nodes)
-    node.graph.erase_node(node)
-    for before in inputs:
-        erase_unused(before)
+def _may_go(node: Node) -> bool:
+    if isinstance(example(node), (int, torch.SymInt)) and node.op in ("call_function", "call_method"):
+        return True
+    if isinstance(node.target, Op):
+        return node.target is not update
+    pure = _PURE_METHODS if node.op == "call_method" else _PURE_FUNCTIONS if node.op == "call_function" else ()
+    return node.target in pure
 
 
-def erase_unused_sizes(graph: Graph) -> None:
-    """Erase arithmetic on sizes that nothing reads any more, so that regions do not depend on lengths for nothing."""
-    for node in reversed(graph.nodes):
-        is_size = isinstance(value(node), (int, torch.SymInt)) and node.op in ("call_function", "call_method")
-        if is_size and not node.users:
-            graph.erase_node(node)
-
-
-def combine_masks(graph: Graph, masks: tuple[Mask, ...], columns: Any) -> Node | None:
-    """One node that stands for all masks, inserted where the graph stands: bool (True attends) or float (added).
-
-    Args:
-        columns: how many keys there are, a node or an int.
-    """
-    if not masks:
-        return None
-    total, added = _as_given(graph, masks[0], columns)
-    for mask in masks[1:]:
-        other, other_added = _as_given(graph, mask, columns)
-        if not added and not other_added:
-            total = insert(graph, torch.logical_and, total, other)
-            continue
-        total = total if added else _added(graph, total)
-        other = other if other_added else _added(graph, other)
-        total, added = insert(graph, torch.add, total, other), True
-    while value(total).dim() < 4:
-        total = insert(graph, torch.unsqueeze, total, 0)
-    return total
-
-
-def _as_given(graph: Graph, mask: Mask, columns: Any) -> tuple[Node, bool]:
-    if mask.kind == "drop":
-        return insert(graph, torch.logical_not, mask.node), False
-    if mask.kind == "flex":
-        return _materialize(graph, mask.node, columns), False
-    return mask.node, mask.kind == "add"
-
-
-def _added(graph: Graph, keep: Node) -> Node:
-    zeros = insert(graph, torch.zeros_like, keep, dtype=torch.float32)
-    dropped = insert(graph, torch.logical_not, keep)
-    return insert(graph, torch.masked_fill, zeros, dropped, -math.inf)
-
-
-def _materialize(graph: Graph, node: Node, columns: Any) -> Node:
-    """The mask of a `flex_attention` node as a tensor: its mask function, inlined, on all indices at once."""
-    device = value(node.args[0]).device
-    ranges, indices = [], []
-    for dim, size in enumerate((*shape_of(node), columns)):
-        if isinstance(size, torch.SymInt):
-            size = insert(graph, _size, node.args[0], dim)
-        ranges.append(insert(graph, torch.arange, size, device=device))
-        shape = [1, 1, 1, 1]
-        shape[dim] = -1
-        indices.append(insert(graph, torch.reshape, ranges[-1], tuple(shape)))
-    function, others = mask_function(node)
-    env: dict[Node, Any] = {}
-    given = iter((*indices, *others))
-    result: Any = None
-    for inner in function.graph.nodes:
-        if inner.op == "placeholder":
-            env[inner] = next(given)
-        elif inner.op == "output":
-            result = inner.args[0][0] if isinstance(inner.args[0], (tuple, list)) else inner.args[0]
-        else:
-            args, kwargs = torch.fx.node.map_arg((inner.args, inner.kwargs), env.__getitem__)
-            target = inner.target if inner.op == "call_function" else getattr(torch.Tensor, str(inner.target))
-            env[inner] = insert(graph, target, *args, **kwargs)
-    return insert(graph, visible, env[result], ranges[2], ranges[3], *block_mask_of(node))
-
-
-def _size(tensor: torch.Tensor, dim: int) -> int:
-    return tensor.shape[dim]
-
-
-def insert(graph: Graph, function: Any, *args: Any, **kwargs: Any) -> Node:
-    """Call `function` where the graph stands; its example value is computed from those of its arguments."""
-    node = graph.call_function(function, args, kwargs)
-    examples = torch.fx.node.map_arg((args, kwargs), value)
-    with _fake_mode(graph):
-        set_value(node, function(*examples[0], **examples[1]))
+def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    """Call a function, a method by its name, or an op of the dialect where the graph stands; its example is computed
+    from those of its arguments."""
+    node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args, kwargs)
+    set_example(node, _example_of(node))
     return node
 
 
-def _fake_mode(graph: Graph) -> Any:
-    """The mode of the graph's own example values; the one of the tracing context may be another."""
-    examples = (value(node) for node in graph.nodes if node.op == "placeholder")
-    return next(
-        (example.fake_mode for example in examples if isinstance(example, FakeTensor)), contextlib.nullcontext()
-    )
+def _example_of(node: Node) -> Any:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), example)
+    with fake_mode(node.graph):
+        if isinstance(node.target, Op):
+            return node.target.fake_of(node)
+        if isinstance(node.target, str):
+            return (
+                args[0].shape[args[1]] if node.target == "size" else getattr(args[0], node.target)(*args[1:], **kwargs)
+            )
+        return node.target(*args, **kwargs)
+
+
+def size(graph: Graph, tensor: Node, dim: int) -> Node | int:
+    """Size of a tensor: a number, or a node where it is symbolic."""
+    held = example(tensor).shape[dim]
+    return held if isinstance(held, int) else insert(graph, "size", tensor, dim)
+
+
+def update_input(cache: Node, new: Node) -> None:
+    """Say at the end of the graph what an input has become."""
+    with cache.graph.inserting_before(cache.graph.output_node()):
+        insert(cache.graph, update, cache, new)
+
+
+class _Inserting(torch.fx.proxy.GraphAppendingTracer):
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        set_example(node, _example_of(node))
+        return node
+
+
+def inline(graph: Graph, function: Callable[..., Any], *args: Any) -> Node:
+    """The ops that `function` calls, where the graph stands; arguments that are no nodes are constants."""
+    tracer = _Inserting(graph)
+    return function(*(torch.fx.Proxy(arg, tracer) if isinstance(arg, Node) else arg for arg in args)).node
+
+
+def fake_mode(graph: Graph) -> Any:
+    """The mode of the graph's own examples; the one of the tracing context may be another."""
+    examples = (example(node) for node in graph.nodes if node.op == "placeholder")
+    return next((held.fake_mode for held in examples if isinstance(held, FakeTensor)), contextlib.nullcontext())

@@ -6,19 +6,11 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from tqc.cache.packed_tensor import PackedTensor
-
-
-def value(node: Any) -> Any:
-    """Example value of a node (a fake tensor or symbolic int), or the constant itself."""
-    return node.meta.get("example_value") if isinstance(node, Node) else node
-
-
-def is_packed(node: Any) -> bool:
-    return isinstance(value(node), PackedTensor)
+from tqc.ops import TENSORS, example
+from tqc.ops.effects import written
+from tqc.torch_private import MODULE_STACK
 
 
 def calls(node: Any, *targets: Any) -> bool:
@@ -35,7 +27,7 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def layer_name(node: Node) -> str:
     """Path of the module that a node was traced in, such as `model.layers.3.self_attn`."""
-    stack = node.meta.get("nn_module_stack")
+    stack = node.meta.get(MODULE_STACK)
     if not stack:
         return node.name
     path = list(stack.values())[-1][0]
@@ -51,7 +43,7 @@ def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
     Args:
         heads: query heads; a repetition must lead to just as many.
     """
-    shape = value(node).shape
+    shape = example(node).shape
     if len(shape) != 4 or shape[1] != heads:
         return node, 1
     if calls(node, torch.repeat_interleave, "repeat_interleave"):
@@ -76,8 +68,8 @@ def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
     if not inserted:
         return node, 1
     source = insert.args[0]
-    before, spread = value(source), value(expand)
-    if not isinstance(before, Tensor) or before.dim() != 4 or spread.dim() != 5:
+    before, spread = example(source), example(expand)
+    if not isinstance(before, TENSORS) or before.dim() != 4 or spread.dim() != 5:
         return node, 1
     if before.shape[1] * spread.shape[2] != heads or tuple(spread.shape[3:]) != tuple(shape[2:]):
         return node, 1
@@ -113,8 +105,8 @@ def rearranges(node: Node) -> bool:
 def strip_casts(node: Any) -> Any:
     """The node before it was converted to another floating dtype on the same device."""
     while isinstance(node, Node) and node.op == "call_method" and node.target in _CASTS:
-        before, after = value(node.args[0]), value(node)
-        if not isinstance(before, Tensor) or not before.is_floating_point() or not after.is_floating_point():
+        before, after = example(node.args[0]), example(node)
+        if not isinstance(before, TENSORS) or not before.is_floating_point() or not after.is_floating_point():
             break
         if before.device != after.device:
             break
@@ -122,26 +114,22 @@ def strip_casts(node: Any) -> Any:
     return node
 
 
+# Types of what can be asked of a tensor without a look at its elements.
+MEASURES = (int, torch.SymInt, torch.Size, torch.dtype, torch.device)
+
+
 def is_in_place(node: Node) -> bool:
-    """Whether `node` writes into its first argument."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).startswith("_")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    in_place_operator = getattr(operator, name, None) is node.target and name in ("setitem", "iadd", "imul", "isub")
-    return in_place_operator or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+    """Whether `node` writes into a tensor."""
+    return bool(written(node))
 
 
 def writers(node: Node) -> list[Node]:
     """Nodes that write into the tensor of `node`, directly or through a view."""
     found = []
     for user in node.users:
-        if is_in_place(user) and node in (user.args[:1] or ()):
+        if node in written(user):
             found += [user, *writers(user)]
-        elif user.kwargs.get("out") is node:
-            found.append(user)
-        elif isinstance(value(user), Tensor) and (
+        elif isinstance(example(user), TENSORS) and (
             (user.op == "call_method" and user.target in _VIEWS)
             or (user.op == "call_function" and user.target in _VIEW_FUNCTIONS)
         ):

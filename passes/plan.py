@@ -11,12 +11,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
-from tqc.lowering import choose
-from tqc.passes.finders.attention import SDPA, Attention, find_attention
+from tqc.ops import TENSORS, example
+from tqc.passes.finders.attention import find_attention
 from tqc.passes.finders.cache import CacheWrite, find_cache
 from tqc.passes.finders.eager_attention import MATMUL
 from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
-from tqc.passes.graph import calls, rearranges, value
+from tqc.passes.finders.sdpa import SDPA
+from tqc.passes.finders.site import Attention
+from tqc.passes.graph import calls, rearranges
 
 # What becomes of a site.
 FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
@@ -36,10 +38,15 @@ class Site:
     value: CacheWrite | None = None
     k_fmt: PackedFormat | None = None
     v_fmt: PackedFormat | None = None
-    provider: str = ""
+    kernel: str = ""  # the provider that the target has chosen
     v_proj: Projection | None = None  # layers that the rotation of V is folded into, where `v_fmt` is folded
     o_proj: Projection | None = None
     notes: list[str] = field(default_factory=list)
+
+    def mark(self, node: Node) -> Node:
+        """Note on a node of the dialect which site it belongs to: all of a site's nodes get one provider."""
+        node.meta |= {"layer": self.layer, "formats": (self.k_fmt, self.v_fmt)}
+        return node
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,15 +54,14 @@ class Site:
             "name": self.attention.name,
             "action": self.action,
             "reason": self.reason,
-            "kernel": self.provider,
+            "kernel": self.kernel,
             "keys": str(self.k_fmt or ""),
             "values": str(self.v_fmt or ""),
             "notes": self.notes,
         }
 
     def __str__(self) -> str:
-        what = f"{self.action} ({self.provider})" if self.provider else self.action
-        return f"layer {self.layer} {self.attention.name}: {what}" + (f": {self.reason}" if self.reason else "")
+        return f"layer {self.layer} {self.attention.name}: {self.action}" + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass
@@ -63,6 +69,8 @@ class Plan:
     """Everything that the passes need to know about one graph, and what they report.
 
     Attributes:
+        rewritten: how many sites each pass rewrote.
+        texts: the graph before the passes and after each that changed it, where somebody wants to see them.
         cuda_graph: whether the graph is recorded as a CUDA graph or why not; empty if nobody asked.
     """
 
@@ -70,6 +78,7 @@ class Plan:
     sites: list[Site]
     rewritten: dict[str, int] = field(default_factory=dict)
     cuda_graph: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
 
     def with_action(self, action: str) -> list[Site]:
         return [site for site in self.sites if site.action == action]
@@ -116,13 +125,13 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         return
 
     if key.packed:
-        site.k_fmt, site.v_fmt = value(key.past).fmt, value(val.past).fmt
+        site.k_fmt, site.v_fmt = example(key.past).fmt, example(val.past).fmt
         site.reason = _why_not_fused(site) or ""
         action = FUSE
     else:
         site.reason = _why_not_packed(site, outputs) or ""
         if not site.reason:
-            heads = [value(write.new).shape[-1] for write in (key, val)]
+            heads = [example(write.new).shape[-1] for write in (key, val)]
             site.k_fmt, site.v_fmt = config.formats(int(heads[0]), int(heads[1]))
         action = PACK
     if site.reason:
@@ -130,10 +139,6 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     site.action = action
     if config.fold_values or (site.v_fmt and site.v_fmt.folded):
         _fold(site, config)
-    query = value(attention.query)
-    assert site.k_fmt and site.v_fmt
-    site.provider, refusals = choose(site.k_fmt, site.v_fmt, query.dtype, query.device.type, config.provider)
-    site.notes += refusals
 
 
 def _fold(site: Site, config: Config) -> None:
@@ -171,9 +176,9 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
             return f"the concatenated {name} do not leave the graph as they are (a sliding window, or no cache)"
         if write.kind == "write" and write.allocated_here and write.node not in outputs:
             return f"the {name} are written into a tensor that does not leave the graph"
-        if write.kind == "write" and write.allocated_here and not write.counted and value(write.new).shape[2] != 1:
+        if write.kind == "write" and write.allocated_here and not write.counted and example(write.new).shape[2] != 1:
             return f"the positions of new {name} are not known to be consecutive"
-        new = value(write.new)
+        new = example(write.new)
         if not cacheable_dtype(new.dtype):
             return f"the {name} are {new.dtype}"
         if int(new.shape[-1]) % 8:
@@ -186,7 +191,7 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
 def _why_not_fused(site: Site) -> str | None:
     assert site.key and site.value
     attention = site.attention
-    query, key = value(attention.query), value(attention.key)
+    query, key = example(attention.query), example(attention.key)
     if query.dim() != 4:
         return f"the query has {query.dim()} dimensions, not 4"
     if query.shape[0] != key.shape[0]:
@@ -198,15 +203,15 @@ def _why_not_fused(site: Site) -> str | None:
     if attention.is_causal:
         return "is_causal over a cache that is not written in this call"
     for mask in attention.masks:
-        if mask.kind != "flex" and statically_known_true(value(mask.node).shape[-1] == 1):
+        if mask.kind != "flex" and statically_known_true(example(mask.node).shape[-1] == 1):
             return "attn_mask has one column for all keys"
-        if mask.kind != "flex" and value(mask.node).dtype not in (
+        if mask.kind != "flex" and example(mask.node).dtype not in (
             torch.bool,
             torch.float32,
             torch.bfloat16,
             torch.float16,
         ):
-            return f"attn_mask is {value(mask.node).dtype}"
+            return f"attn_mask is {example(mask.node).dtype}"
     if site.key.kind == "write" and site.v_fmt and site.v_fmt.folded:
         return "the values of a preallocated cache are folded"
     if site.key.kind == "write":
@@ -221,20 +226,18 @@ def _why_not_preallocated(site: Site) -> str | None:
     """
     assert site.key and site.value
     key, masks = site.key, site.attention.masks
-    capacity = value(key.past).shape[2]
-    if not isinstance(capacity, int):
-        return "the length of the preallocated cache is not constant"
+    capacity = example(key.past).shape[2]
     if key.allocated_here:
         return None
     if key.prefix is None:
         tensors = [mask.node for mask in masks if mask.kind != "flex"]
         if len(tensors) < len(masks):
             return "flex_attention reads a preallocated cache"
-        if not any(statically_known_true(value(node).shape[-1] == capacity) for node in tensors):
+        if not any(statically_known_true(example(node).shape[-1] == capacity) for node in tensors):
             return "attention reads a whole preallocated cache without a mask"
     else:
-        first, count = value(key.positions), value(key.new).shape[2]
-        if isinstance(first, torch.Tensor) or not statically_known_true(value(key.prefix) == first + count):
+        first, count = example(key.positions), example(key.new).shape[2]
+        if isinstance(first, torch.Tensor) or not statically_known_true(example(key.prefix) == first + count):
             return "attention reads a part of a preallocated cache that does not end with the new tokens"
     if site.attention.is_causal:
         return "is_causal over a preallocated cache is aligned to its start"
@@ -255,7 +258,7 @@ def _other_readers(write: CacheWrite, site: Site) -> list[Node]:
         for source in (write.past, write.operation)
         for user in source.users
         if user is not write.operation
-        and isinstance(value(user), torch.Tensor)
+        and isinstance(example(user), TENSORS)
         and user.op != "output"
         and not (position[user] > position[write.operation] and _leads_to(user, products))
     ]
@@ -265,7 +268,7 @@ def _leads_to(node: Node, products: set[Node]) -> bool:
     """Whether `node` is one of the attention's products, or a rearrangement that only they read."""
     if calls(node, *SDPA, *MATMUL):
         return node in products
-    users = [user for user in node.users if isinstance(value(user), torch.Tensor)]
+    users = [user for user in node.users if isinstance(example(user), TENSORS)]
     return rearranges(node) and all(_leads_to(user, products) for user in users)
 
 

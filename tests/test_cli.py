@@ -160,9 +160,30 @@ def test_compare_reports_a_smaller_cache_and_a_small_divergence(tiny_model_folde
 @pytest.mark.slow
 def test_explain_finds_the_caches_of_the_tiny_model(tiny_model_folder: Path, monkeypatch, capsys) -> None:
     code, out, _ = call(monkeypatch, capsys, "explain", "the cache", "-m", str(tiny_model_folder), "--json")
-    assert code == 0 and json.loads(out)["graphs"]
+    assert code == 0 and json.loads(out)["graphs"] and not json.loads(out)["texts"]
     code, out, _ = call(monkeypatch, capsys, "explain", "the cache", "-m", str(tiny_model_folder))
     assert code == 0 and "attention" in out
+
+
+@pytest.mark.slow
+def test_explain_shows_whole_lines_of_graphs(tiny_model_folder: Path, monkeypatch, capsys) -> None:
+    """However narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", "60")
+
+    def explain(*more: str) -> tuple[int, str, str]:
+        torch._dynamo.reset()  # it makes sizes symbolic that it has seen change
+        return call(monkeypatch, capsys, "explain", "the cache", "-m", str(tiny_model_folder), "--graphs", *more)
+
+    code, out, _ = explain("--json")
+    explained = json.loads(out)
+    assert code == 0
+    assert [list(texts) for texts in explained["texts"][:2]] == [["traced", "pack_cache"], ["traced", "fuse_attention"]]
+    lines = [line for texts in explained["texts"] for text in texts.values() for line in text.splitlines()]
+    assert any("tqai.attend(" in line and len(line) > 200 for line in lines)
+
+    code, out, _ = explain()
+    assert code == 0 and not set(lines) - set(out.splitlines())
+    assert "graph 1, fuse_attention:" in out.splitlines()
 
 
 @pytest.mark.slow

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +30,6 @@ from tqc.evaluate.evaluation import Evaluation, Row, default_text, evaluate, par
 from tqc.evaluate.peers import PEERS, Peer
 from tqc.format import PackedFormat
 
-ROOT = Path(__file__).parent.parent
 OPTIONS = {"provider": "reference", "rest": "eager", "residual_window": 32, "bits_k": 3, "bits_v": 3}
 
 
@@ -309,30 +305,6 @@ def test_fp8_peer_runs(model):
         scores = decode_in_step(Decoder("dense", model, DynamicCache), [decoder], tokens_of(150), 20, print, {})
     assert 0 < scores[peer.name].summary()["kl_mean"]
     assert 8 < measured_bits(decoder.new_cache, LayerShape(1, 16, 16, False), 64) < 8.1
-
-
-# Benchmarks
-
-
-def test_readme_tables_are_those_of_the_results():
-    result = subprocess.run(
-        [sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_tables_of_all_fields_are_only_of_results_that_no_document_names(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import readme
-
-    results = readme.results()
-    results.append(results[0] | {"name": "unknown"})
-    unnamed = [result["name"] for result in results if not any(result["name"] in d for d in readme.DOCUMENTS.values())]
-    monkeypatch.setattr(readme, "results", lambda: results)
-    for document in readme.DOCUMENTS:
-        text = readme.render(document, readme.BEGIN + readme.END)
-        raw = [result["name"] for result in results if readme.section(result, readme.all_fields(result)) in text]
-        assert raw == (unnamed if document == "README.md" else [])
 
 
 def test_plot_without_points(tmp_path):

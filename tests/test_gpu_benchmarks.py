@@ -96,13 +96,13 @@ def test_numerics_in_the_interpreter(scripts):
 def test_numerics_notice_what_is_wrong(scripts, monkeypatch):
     import sections
 
-    attend = sections.provider.attend
+    attend = sections.kernels.attend
 
     def wrong(*arguments):
         out, lse = attend(*arguments)
         return 1.1 * out, lse
 
-    monkeypatch.setattr(sections.provider, "attend", wrong)
+    monkeypatch.setattr(sections.kernels, "attend", wrong)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert next(sections.numerics(device, True, lambda: 1e9))["passed"] is False
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from tqc.execute import matrix_vector, regions
+from tqc.execute import matrix_vector
+from tqc.torch_private import inductor_compile
 
 
 def run(function, *examples):
@@ -14,7 +15,8 @@ def run(function, *examples):
     results = []
 
     def compile_and_run():
-        compiled, _ = regions._inductor(module, [fake.from_tensor(example) for example in examples])
+        fakes = [fake.from_tensor(example) for example in examples]
+        compiled, _ = inductor_compile(module, fakes, False, matrix_vector.decompositions())
         results.append(compiled(*examples)[0])
 
     with torch.no_grad(), fresh_cache():

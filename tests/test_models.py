@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tqc import models
+from tqc.cache_folder import cache_folder
 from tqc.models import ModelError
 
 
@@ -81,12 +82,14 @@ def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch) -> Non
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TQC_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models.cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("TQC_CACHE_DIR")
-    assert models.cache_dir() == tmp_path / "xdg" / "tqc"
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("TQC_CACHE_DIR", "")
+    assert cache_folder() == tmp_path / "xdg" / "tqc"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.cache_dir() == tmp_path / ".cache" / "tqc"
+    assert cache_folder() == tmp_path / ".cache" / "tqc"
+    monkeypatch.setenv("TQC_CACHE_DIR", "~/own")
+    assert cache_folder() == tmp_path / "own"
 
 
 def test_an_interrupted_conversion_leaves_no_copy(tiny_model_folder: Path, monkeypatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tqc.cache.io import cache_bytes, load_cache, save_cache
     from tqc.cache.packed_tensor import PackedTensor
     from tqc.config import PRESETS, Config
-    from tqc.report import explain
+    from tqc.explainer import explain
 
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "Config", "PackedTensor", "cache_bytes", "explain", "load_cache", "save_cache"]
@@ -25,7 +25,7 @@ _HOME = {
     "cache_bytes": "cache.io",
     "load_cache": "cache.io",
     "save_cache": "cache.io",
-    "explain": "report",
+    "explain": "explainer",
 }
 
 

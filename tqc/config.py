@@ -27,7 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Modes of torch.compile that are no preset.
 CUDA_GRAPHS_MODE = "reduce-overhead"
 REST = ("inductor", "eager")
-PROVIDERS = ("auto", "reference", "cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Config:
             raise ValueError(
                 f"bits_k and bits_v must both be {OFF} or neither; got bits_k={self.bits_k}, bits_v={self.bits_v}"
             )
-        for name, allowed in {"provider": PROVIDERS, "rest": REST, "rotation": ROTATIONS}.items():
+        for name, allowed in {"rest": REST, "rotation": ROTATIONS}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in self.skip_layers):

@@ -1,7 +1,7 @@
 """Load a Hugging Face model and its tokenizer: the embedded demo model, a folder, a GGUF file or a hub id.
 
 transformers takes about 20 s to read a GGUF file of 135M parameters (de-quantizing, converting the tokenizer), so the
-first load leaves a safetensors copy in `cache_dir()` that later ones open in about two.
+first load leaves a safetensors copy in `cache_folder()` that later ones open in about two.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tqc.cache_folder import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +81,6 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def cache_dir() -> Path:
-    """The folder for converted models: $TQC_CACHE_DIR, else $XDG_CACHE_HOME/tqc, else ~/.cache/tqc."""
-    if own := os.environ.get("TQC_CACHE_DIR"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "tqc"
-    return Path.home() / ".cache" / "tqc"
-
-
 def embedded_gguf() -> Path:
     """The demo model's file. Its package is located, never imported: importing it needs packages we do not."""
     spec = importlib.util.find_spec(EMBEDDED_DISTRIBUTION.replace("-", "_"))
@@ -110,7 +103,10 @@ def _load_gguf(file: Path, dtype: str, embedded: bool = False) -> tuple[Any, Any
         identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     dtype = "float32" if dtype == "auto" else dtype
     key = hashlib.sha256(f"{identity} {dtype}".encode()).hexdigest()[:16]
-    folder = cache_dir() / "models" / f"{file.stem}-{key}"
+    try:
+        folder = cache_folder() / "models" / f"{file.stem}-{key}"
+    except OSError as error:
+        raise ModelError(str(error)) from None
     if not folder.is_dir():
         model, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
         try:
@@ -127,7 +123,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    cache_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:

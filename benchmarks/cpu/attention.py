@@ -47,7 +47,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from tqc.format import PackedFormat
-from tqc.lowering import cpu
+from tqc.lowering.cpu import PROVIDER, kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
@@ -99,7 +99,7 @@ def packed_store(batch: int, heads: int, length: int, fmt: PackedFormat) -> tupl
     pages = torch.zeros(1, heads, -(-some // 32), fmt.page_bytes, dtype=torch.uint8)
     dense = torch.zeros(1, heads, fmt.dense_rows, fmt.head_dim, dtype=torch.bfloat16)
     state = torch.zeros(2, dtype=torch.int64)
-    cpu.append(pages, dense, state, torch.randn(1, heads, some, fmt.head_dim).bfloat16(), None, str(fmt))
+    kernels.append(pages, dense, state, torch.randn(1, heads, some, fmt.head_dim).bfloat16(), None, str(fmt))
     packed = fmt.packed_tokens(length)
     if packed:
         filled = pages[:, :, : int(state[1]) // 32]
@@ -119,7 +119,7 @@ def packed_calls(
     batch: int,
     shape: tuple[int, int, int],
     length: int,
-    attend: Callable[..., object] = cpu.attend,
+    attend: Callable[..., object] = kernels.attend,
     pairs: Iterable[tuple[int, int]] = BITS,
 ) -> tuple[Calls, dict[str, int]]:
     """`attend` over a packed cache with each pair of bits, and the bytes that it reads."""
@@ -226,8 +226,8 @@ def overheads() -> dict[str, float]:
     )
     new, start = torch.randn(1, 3, 1, 64).bfloat16(), torch.tensor([10])
     arguments = (new, *store, *store, new, new, None, None, None, 0.125, 0.0, True, str(fmt), str(fmt))
-    empty = repeat_times({"attend": lambda: cpu.attend(*arguments)}, 0.5)["attend"]
-    one = repeat_times({"append": lambda: cpu.append(*store, new, start, str(fmt))}, 0.5)["append"]
+    empty = repeat_times({"attend": lambda: kernels.attend(*arguments)}, 0.5)["attend"]
+    one = repeat_times({"append": lambda: kernels.append(*store, new, start, str(fmt))}, 0.5)["append"]
     return {"attend": min(empty) * 1e6, "append": min(one) * 1e6}
 
 
@@ -237,7 +237,7 @@ def levels_row(shape: tuple[int, int, int], length: int) -> dict[str, Any]:
     for k, v in (*BITS, (5, 5), (6, 6), (7, 7), (8, 8)):
         calls: Calls = {}
         for level in LEVELS:
-            calls[level] = next(iter(packed_calls(1, shape, length, cpu._loaded(level).attend, [(k, v)])[0].values()))
+            calls[level] = next(iter(packed_calls(1, shape, length, kernels._load(level).attend, [(k, v)])[0].values()))
         best, other = (1e6 * min(times) for times in repeat_times(calls, 0.5).values())
         row[f"k{k}v{v}_us"] = round(best, 1)
         row[f"k{k}v{v}_ratio"] = round(other / best, 2)
@@ -261,7 +261,7 @@ def main() -> None:
         del sys.argv[1:]  # the file holds the rows of all calls
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if reason := cpu.supported():
+    if reason := PROVIDER.unavailable():
         sys.exit(f"the CPU provider does not run here: {reason}")
     torch.manual_seed(0)
     if arguments.levels:
@@ -284,7 +284,7 @@ def main() -> None:
     rows = json.loads(file.read_text())["rows"] if arguments.resume and file.exists() else []
     call_us = overheads()
     note = (
-        f"Kernels for {cpu.level()}; a call costs {call_us['attend']:.1f} us at least, appending a token "
+        f"Kernels for {kernels.level()}; a call costs {call_us['attend']:.1f} us at least, appending a token "
         f"{call_us['append']:.1f} us. Times are the least of the repeats. bf16 and fp32 are the fastest of three "
         "ways to call torch's SDPA; onnxruntime is the fastest of its caches of float32, float16, 8 and 4 bits."
     )
@@ -307,7 +307,7 @@ def main() -> None:
         "k4v2_over_fp32",
         "k4v2_of_floor",
     )
-    table = Table(*columns, title=f"decode attention, {envelope.processor()}, {cpu.level()}")
+    table = Table(*columns, title=f"decode attention, {envelope.processor()}, {kernels.level()}")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     Console(width=120).print(table)

@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compiled import ARCHITECTURES, compiling, resources
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.lowering import triton as provider
-from tqc.lowering.triton import tuning
+from tqc.lowering.triton import kernels, tuning
 
 TABLE = Path(__file__).with_name("compile_table.json")
 HEADS, GROUP, CAPACITY = 8, 4, 32768
@@ -61,7 +60,7 @@ Call = Callable[[PackedFormat, PackedFormat, torch.dtype], None]
 
 def _attend(rows: int) -> Call:
     def call(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype) -> None:
-        provider.attend(
+        kernels.attend(
             _new(HEADS * GROUP, rows, k_fmt.head_dim, dtype), *_parts(k_fmt, dtype), *_parts(v_fmt, dtype),
             _new(HEADS, rows, k_fmt.head_dim, dtype), _new(HEADS, rows, v_fmt.head_dim, dtype),
             None, None, None, k_fmt.head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec,
@@ -73,13 +72,13 @@ def _attend(rows: int) -> Call:
 def _append(count: int) -> Call:
     def call(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype) -> None:
         key, value = _new(HEADS, count, k_fmt.head_dim, dtype), _new(HEADS, count, v_fmt.head_dim, dtype)
-        provider.append_pair(*_parts(k_fmt, dtype), key, *_parts(v_fmt, dtype), value, None, k_fmt.spec, v_fmt.spec)
+        kernels.append_pair(*_parts(k_fmt, dtype), key, *_parts(v_fmt, dtype), value, None, k_fmt.spec, v_fmt.spec)
 
     return call
 
 
 def _read(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype) -> None:
-    provider.read(*_parts(k_fmt, dtype), 4096, k_fmt.spec)
+    kernels.read(*_parts(k_fmt, dtype), 4096, k_fmt.spec)
 
 
 CALLS = {
@@ -150,7 +149,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         loads = loop.get("load_bits", row["load_bits"])
         lines.append(
             (
-                row["case"], row["kernel"].strip("_"), row["arch"], row["num_warps"], row["registers"],
+                row["case"], row["kernel"], row["arch"], row["num_warps"], row["registers"],
                 row["local_bytes"] + row["local_instructions"], row["shared_bytes"], row["instructions"],
                 loop.get("instructions", "-"), loop.get("matrix", row["matrix_instructions"]),
                 loop.get("permute", "-"), loop.get("float", "-"),

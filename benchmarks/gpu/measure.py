@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.ops import planes
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,13 @@ def packed_cache(
     Args:
         spare: tokens that can still be appended.
     """
-    from tqc.lowering import reference
-
     sample = min(length, fmt.sink_tokens + fmt.residual_window + 8 * PAGE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, heads, sample, fmt.head_dim, generator=generator).to(dtype)
     pages = torch.zeros(1, heads, max(2, fmt.packed_tokens(sample) // PAGE_TOKENS), fmt.page_bytes, dtype=torch.uint8)
     dense = torch.zeros(1, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype)
     state = torch.zeros(2, dtype=torch.int64)
-    reference.append(pages, dense, state, tokens, None, fmt.spec)
+    planes.append(pages, dense, state, tokens, None, fmt.spec)
     packed = fmt.packed_tokens(length)
     index = torch.arange(fmt.packed_tokens(length + spare) // PAGE_TOKENS + 1) % max(1, int(state[1]) // PAGE_TOKENS)
     pages = pages.to(device)[:, :, index.to(device)].repeat(batch, 1, 1, 1)

@@ -19,8 +19,7 @@ from measure import SETTINGS, SHAPES, Shape, formats
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.lowering import triton as provider
-from tqc.lowering.triton import tuning
+from tqc.lowering.triton import kernels, tuning
 
 Job = tuple[str, tuple[Any, ...]]
 
@@ -39,19 +38,19 @@ def attend(shape: Shape, batch: int, tokens: int, bits: tuple[int, int], rows: i
     new = torch.empty(batch, shape.heads, rows, shape.head_dim, dtype=dtype, device="meta")
     k, v = (parts(batch, shape.heads, tokens, fmt, dtype) for fmt in (k_fmt, v_fmt))
     rest = (new, new, None, None, None, shape.head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec)
-    provider.attend(query, *k, *v, *rest)
+    kernels.attend(query, *k, *v, *rest)
 
 
 def append(shape: Shape, batch: int, tokens: int, bits: tuple[int, int], count: int, dtype: torch.dtype) -> None:
     k_fmt, v_fmt = formats(shape.head_dim, *bits)
     new = torch.empty(batch, count, shape.heads, shape.head_dim, dtype=dtype, device="meta").transpose(1, 2)
     k, v = (parts(batch, shape.heads, tokens, fmt, dtype) for fmt in (k_fmt, v_fmt))
-    provider.append_pair(*k, new, *v, new, None, k_fmt.spec, v_fmt.spec)
+    kernels.append_pair(*k, new, *v, new, None, k_fmt.spec, v_fmt.spec)
 
 
 def read(shape: Shape, batch: int, tokens: int, bits: tuple[int, int], dtype: torch.dtype) -> None:
     for fmt in formats(shape.head_dim, *bits):
-        provider.read(*parts(batch, shape.heads, tokens, fmt, dtype), tokens, fmt.spec)
+        kernels.read(*parts(batch, shape.heads, tokens, fmt, dtype), tokens, fmt.spec)
 
 
 def baseline(shape: Shape, batch: int, tokens: int, configuration: tuple[int, int, int, int], sms: int) -> None:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from tqc.format import PAGE_TOKENS
-from tqc.lowering import triton as provider
+from tqc.lowering.triton import kernels
 from tqc.ops import planes as ops
 
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ def _check(
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         for fmt, parts, new in ((k_fmt, expected[0], key), (v_fmt, expected[1], value)):
             ops.append(*parts, new, None, fmt.spec)
-        provider.append_pair(*actual[0], key.to(device), *actual[1], value.to(device), None, k_fmt.spec, v_fmt.spec)
+        kernels.append_pair(*actual[0], key.to(device), *actual[1], value.to(device), None, k_fmt.spec, v_fmt.spec)
     for name, fmt, ours, theirs in (("keys", k_fmt, actual[0], expected[0]), ("values", v_fmt, actual[1], expected[1])):
         # What was packed here, decoded by the reference: another code may be chosen on a boundary between levels.
         packed = ops.read(*(part.cpu() for part in ours), length, fmt.spec).float()
@@ -90,12 +90,12 @@ def _check(
         errors[f"append {name}"] = ((packed - reference).norm() / reference.norm()).item()
         ours[0].copy_(theirs[0])
         ours[1].copy_(theirs[1])
-        errors[f"read {name}"] = _deviation(provider.read(*ours, length, fmt.spec), reference)
+        errors[f"read {name}"] = _deviation(kernels.read(*ours, length, fmt.spec), reference)
     query = torch.randn(2, rows, query_heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
     new = [torch.randn(2, heads, rows, head_dim, generator=generator).to(dtype) for _ in range(2)]
     rest = (None, None, None, head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec)
     wanted, wanted_lse = ops.attend(query, *expected[0], *expected[1], *new, *rest)
-    got, got_lse = provider.attend(query.to(device), *actual[0], *actual[1], *(part.to(device) for part in new), *rest)
+    got, got_lse = kernels.attend(query.to(device), *actual[0], *actual[1], *(part.to(device) for part in new), *rest)
     errors["attend"], errors["attend lse"] = _deviation(got, wanted), _deviation(got_lse, wanted_lse)
     limit = TOLERANCE[dtype]
     return {
@@ -155,7 +155,7 @@ def _decode_point(shape: Shape, length: int, batch: int, timer: Timer, bandwidth
         k, v = (packed_cache(batch, heads, length, fmt, DTYPE, "cuda") for fmt in (k_fmt, v_fmt))
         rest = (key, value, None, None, None, scale, 0.0, True, k_fmt.spec, v_fmt.spec)
         floor = sum(packed_bytes(batch, heads, length, fmt, DTYPE) for fmt in (k_fmt, v_fmt))
-        measure(f"K{k_bits}/V{v_bits}", partial(provider.attend, query, *k, *v, *rest), floor)
+        measure(f"K{k_bits}/V{v_bits}", partial(kernels.attend, query, *k, *v, *rest), floor)
         del k, v
 
     dense = batch * heads * length * dim * 2 * 2
@@ -235,7 +235,7 @@ def append(device: str, quick: bool, left: Callable[[], float]) -> Iterator[Row]
 
             def step(caches=caches, key=key, value=value, specs=(k_fmt.spec, v_fmt.spec)) -> None:
                 for k, v in caches:
-                    provider.append_pair(*k, key, *v, value, None, *specs)
+                    kernels.append_pair(*k, key, *v, value, None, *specs)
 
             replay = captured(step)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -21,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import SETTINGS, SHAPES, Timer, captured, formats, packed_cache
 
-from tqc.lowering.triton import attention, tuning
+from tqc.lowering.triton import tuning
+from tqc.lowering.triton.attend import attend
 
 GAIN = 1.02
 # (batch, tokens): what the candidates are measured on; the sum of the times, each over that of the defaults, counts.
@@ -72,7 +73,7 @@ def times(kind: str, head_dim: int, k_bits: int, v_bits: int, launches: list[tun
             rest = (key, value, None, None, None, head_dim**-0.5, 0.0, True, k_fmt.spec, v_fmt.spec)
 
             def call(k=k, v=v, query=query, rest=rest) -> None:
-                attention.attend(query, *k, *v, *rest)
+                attend(query, *k, *v, *rest)
 
             for index in list(found):
                 tuning.choose = lambda *args, launch=launches[index]: launch  # type: ignore[assignment]

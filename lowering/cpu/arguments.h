@@ -134,7 +134,7 @@ Store store_of(const Packed<T>& p, Array& dense) {
   state.get(p.state, 1, "state");
   if (!pages.is(kDLUInt, 8) || pages.size(3) != f->page_bytes || (pages.t.strides[3] != 1 && pages.size(2)))
     fail(PyExc_ValueError, "pages do not fit the spec");
-  if (dense.size(3) != f->dim || dense.size(2) != 1 + f->sinks + f->window || dense.t.strides[3] != 1)
+  if (dense.size(3) != f->dim || dense.size(2) != 1 + f->sink_tokens + f->window || dense.t.strides[3] != 1)
     fail(PyExc_ValueError, "dense does not fit the spec");
   if (pages.size(0) != dense.size(0) || pages.size(1) != dense.size(1))
     fail(PyExc_ValueError, "pages and dense differ in batch or heads");

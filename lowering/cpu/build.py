@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from tqc.cache_folder import folder_for_code
+from tqc.lowering.provider import Unavailable
 
 SOURCES = Path(__file__).parent
 MODULE = "_tqc_cpu"
@@ -37,7 +41,7 @@ _NEON = {"asimddp": "-march=armv8.2-a+dotprod"}
 LEVELS = {"scalar": {}, "neon": _NEON, "avx2": _AVX2, "avx512": {**_AVX2, **_AVX512}}
 
 
-class BuildError(RuntimeError):
+class BuildError(Unavailable):
     """Why there is no extension module; the message is fit to show."""
 
 
@@ -45,7 +49,7 @@ class BuildError(RuntimeError):
 def cpu_features() -> frozenset[str]:
     """Feature flags of this CPU as /proc/cpuinfo lists them; elsewhere what torch and the kind of machine tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith(("flags", "Features")):
                 return frozenset(line.split(":", 1)[1].split())
     except OSError:
@@ -73,41 +77,30 @@ def level() -> str:
     return forced
 
 
-def cache_folder() -> Path:
-    """Where built modules are kept, made with mode 0700 if it is not there.
+def _run(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
+    """Run a compiler; its messages come in English and ASCII, which every locale can show."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(
+        command, capture_output=True, encoding="ascii", errors="backslashreplace", timeout=timeout, env=environment
+    )
 
-    Raises:
-        BuildError: if the folder belongs to another user or others may write to it.
-    """
-    if "TQC_CACHE_DIR" in os.environ:
-        folder = Path(os.environ["TQC_CACHE_DIR"])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        folder = Path(os.environ["XDG_CACHE_HOME"]) / "tqc"
-    else:
-        folder = Path.home() / ".cache" / "tqc"
+
+def _compiler() -> tuple[list[str], str]:
+    """Command of the C++ compiler, which $CXX may give with arguments, and what it says of its version."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError as error:
-        raise BuildError(f"cannot use the cache folder {folder}: {error.strerror}") from None
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        raise BuildError(f"the cache folder {folder} belongs to another user; set TQC_CACHE_DIR to one of your own")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"others may write to the cache folder {folder}; run chmod go-w on it or set TQC_CACHE_DIR")
-    return folder
-
-
-def _compiler() -> tuple[str, str]:
-    """Path of the C++ compiler and what it says of its version."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        raise BuildError(f"no C++ compiler: {', '.join(names)} not found on PATH")
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']} is no command: {error}") from None
+    commands = [given] if given else [["g++"], ["clang++"], ["c++"]]
+    command = next((command for command in commands if shutil.which(command[0])), None)
+    if command is None:
+        raise BuildError(f"no C++ compiler: {', '.join(command[0] for command in commands)} not found on PATH")
     try:
-        version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        done = _run([*command, "--version"], timeout=60)
+        done.check_returncode()
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the C++ compiler {path} does not run: {error}") from None
-    return path, version
+        raise BuildError(f"the C++ compiler {shlex.join(command)} does not run: {error}") from None
+    return command, done.stdout
 
 
 def _flags(chosen: str) -> list[str]:
@@ -121,32 +114,64 @@ def _flags(chosen: str) -> list[str]:
     return flags + [part for include in includes for part in ("-isystem", include)]
 
 
-def built(chosen: str) -> Path:
-    """Path of the module for a level, compiled now unless it is in the cache."""
-    compiler, version = _compiler()
-    flags = _flags(chosen)
+def _digest(*parts: str | bytes) -> str:
     digest = hashlib.sha256()
-    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for text in (version, *flags, torch.__version__, platform.machine(), sys.implementation.cache_tag):
-        digest.update(text.encode() + b"\0")
-    folder = cache_folder()
-    target = folder / f"{MODULE}-{chosen}-{digest.hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    # Two processes may both build: each writes a file of its own, and the renames are atomic.
-    handle, temporary = tempfile.mkstemp(prefix=f"{target.name}.", dir=folder)
-    os.close(handle)
-    libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"]
-    command = [compiler, *flags, str(SOURCES / "module.cpp"), *libraries, "-o", temporary]
+    for part in parts:
+        digest.update((part if isinstance(part, bytes) else os.fsencode(part)) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def built(chosen: str) -> Path:
+    """Path of the module for a level, compiled now unless it is in the cache.
+
+    Its name is `_tqc_cpu-LEVEL-SOURCES-COMPILER-CONTENT.so`, the last three digests. Where no compiler runs, what any
+    compiler built of these sources serves.
+
+    Raises:
+        BuildError: if it is not there and cannot be compiled.
+    """
+    flags = _flags(chosen)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        texts = [text for path in sorted(SOURCES.glob("*.[hc]*")) for text in (path.name, path.read_bytes())]
+        texts += [*flags, torch.__version__, platform.machine(), str(sys.implementation.cache_tag)]
+        folder = folder_for_code()
+        name = f"{MODULE}-{chosen}-{_digest(*texts)}"
+        try:
+            command, version = _compiler()
+        except BuildError:
+            if kept := _kept(folder, f"{name}-*"):
+                return kept
+            raise
+        name = f"{name}-{_digest(*command, version)}"
+        return _kept(folder, name) or _build(command, flags, folder, name)
+    except OSError as error:
+        raise BuildError(f"building the CPU kernels failed: {error}") from None
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """A file of that name and whole content; others of that name, which a full disk left, are removed."""
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
+            return path
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _build(command: list[str], flags: list[str], folder: Path, name: str) -> Path:
+    libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"]
+    # Two processes may both build: each writes a file of its own, and the renames are atomic.
+    handle, temporary = tempfile.mkstemp(prefix=f"{name}.", dir=folder)
+    os.close(handle)
+    try:
+        done = _run([*command, *flags, str(SOURCES / "module.cpp"), *libraries, "-o", temporary], TIMEOUT_SECONDS)
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-8:])
-            raise BuildError(f"{compiler} could not build the CPU kernels:\n{last}")
+            raise BuildError(f"{shlex.join(command)} could not build the CPU kernels:\n{last}")
         os.chmod(temporary, 0o700)
+        target = folder / f"{name}-{_digest(Path(temporary).read_bytes())}.so"
         os.replace(temporary, target)
-    except (OSError, subprocess.SubprocessError) as error:
+    except subprocess.SubprocessError as error:
         raise BuildError(f"building the CPU kernels failed: {error}") from None
     finally:
         if os.path.exists(temporary):

@@ -14,11 +14,11 @@ using Entry = void (*)(Handle*, Handle*);
 
 struct Instruction {
   Entry entry = nullptr;  // of a region; null for attention
-  std::vector<int> inputs, outputs;  // a region's slots; ~slot for an input that nobody reads later
+  std::vector<int> inputs, outputs;  // a region's slots
+  std::vector<int> last;             // of each input, whether nobody reads its slot later
   // Attention: slots or -1. Behind `caches` lie pages, dense and state of keys and of values.
   int query, key, value, positions, mask, sinks, out, caches;
   std::vector<int> dead;  // slots that nobody reads later
-  int64_t capacity;       // of a preallocated cache, else -1
   float scale, softcap;
   bool causal;
 };
@@ -76,7 +76,8 @@ inline void run_region(const Instruction& step, Slots& slots) {
   std::vector<Handle> inputs, outputs(step.outputs.size());
   inputs.reserve(step.inputs.size());
   try {
-    for (int slot : step.inputs) inputs.push_back(slot < 0 ? slots.take(~slot) : slots.share(slot));
+    for (size_t i = 0; i < step.inputs.size(); ++i)
+      inputs.push_back(step.last[i] ? slots.take(step.inputs[i]) : slots.share(step.inputs[i]));
   } catch (Failure&) {
     for (Handle h : inputs) aoti_torch_delete_tensor_object(h);
     throw;
@@ -91,16 +92,16 @@ inline void run_region(const Instruction& step, Slots& slots) {
 }
 
 // Whether the new tokens can be written at their positions without a look at what lies behind them.
-inline bool is_append(const Instruction& step, const Slots& slots) {
+inline bool is_append(const Instruction& step, const Slots& slots, int64_t capacity) {
   Array positions, key, state;
   positions.get(slots.at(step.positions), -1, "positions");
   key.get(slots.at(step.key), 4, "key");
   state.get(slots.at(step.caches + 2), 1, "state");
   if (!positions.is(kDLInt, 64)) fail(PyExc_TypeError, "positions must be int64");
   const int64_t first = *(int64_t*)positions.data(), count = key.size(2);
-  if (first < 0 || first + count > step.capacity) {
+  if (first < 0 || first + count > capacity) {
     PyErr_Format(PyExc_IndexError, "positions %lld to %lld are outside of a cache of %lld tokens", (long long)first,
-                 (long long)(first + count - 1), (long long)step.capacity);
+                 (long long)(first + count - 1), (long long)capacity);
     throw Failure{};
   }
   return step.mask < 0 || first + count >= *(int64_t*)state.data();
@@ -124,8 +125,9 @@ inline Handle attend_in_python(PyObject* in_python, int index, const Instruction
   return out;
 }
 
+// `capacity`: of a preallocated cache, else -1.
 inline void run_attention(Chain& chain, int index, const Instruction& step, Slots& slots, PyObject* specs,
-                          PyObject* in_python) {
+                          int64_t capacity, PyObject* in_python) {
   using Clock = std::chrono::steady_clock;
   const auto begin = Clock::now();
   auto packed = [&](int first, int which) {
@@ -134,7 +136,7 @@ inline void run_attention(Chain& chain, int index, const Instruction& step, Slot
   AttendInputs<Handle> in{slots.at(step.query), slots.at(step.key), slots.at(step.value), slots.at(step.mask),
                           slots.at(step.sinks), slots.at(step.positions), packed(step.caches, 2 * index),
                           packed(step.caches + 3, 2 * index + 1), step.scale, step.softcap, step.causal};
-  if (step.capacity >= 0 && !is_append(step, slots)) {
+  if (capacity >= 0 && !is_append(step, slots, capacity)) {
     slots.handles[step.out] = attend_in_python(in_python, index, step, slots);
     chain.seconds[1] += std::chrono::duration<double>(Clock::now() - begin).count();
   } else {
@@ -155,15 +157,16 @@ inline void run_attention(Chain& chain, int index, const Instruction& step, Slot
 }
 
 // Runs a chain over a list of capsules, whose handles it takes over; a list of capsules comes out. `specs` are those of
-// keys and values of each attention.
-inline PyObject* run_chain(Chain& chain, PyObject* inputs, PyObject* specs, PyObject* in_python) {
+// keys and values of each attention, `capacities` how many tokens its caches can hold, -1 where they grow.
+inline PyObject* run_chain(Chain& chain, PyObject* inputs, PyObject* specs, PyObject* capacities, PyObject* in_python) {
   Slots slots;
   slots.handles.resize(chain.slots);
   for (int i = 0; i < PyList_GET_SIZE(inputs); ++i) slots.handles[i] = handle_of(PyList_GET_ITEM(inputs, i));
   int attentions = 0;
   for (const Instruction& step : chain.instructions) {
     if (!step.entry) {
-      run_attention(chain, attentions++, step, slots, specs, in_python);
+      const int64_t capacity = PyLong_AsLongLong(PyList_GET_ITEM(capacities, attentions));
+      run_attention(chain, attentions++, step, slots, specs, capacity, in_python);
       continue;
     }
     const auto begin = std::chrono::steady_clock::now();

@@ -20,7 +20,7 @@ struct Plane {
 };
 
 struct FormatArguments {
-  int dim, bits, centred, sinks, window, page_bytes, centre_offset;
+  int dim, bits, centred, sink_tokens, window, page_bytes, centre_offset;
   Plane planes[4];
   int plane_count;
   const float *levels, *boundaries, *rotation;  // 2**bits, one less, [dim, dim]
@@ -38,7 +38,7 @@ static_assert(int64_t(MAX_HEAD_DIM) * LEVEL16_MAX * QUERY16_MAX <= INT32_MAX);
 
 // All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
 struct Format {
-  int dim, bits, centred, sinks, window, page_bytes, centre_offset, plane_count;
+  int dim, bits, centred, sink_tokens, window, page_bytes, centre_offset, plane_count;
   int folded;              // vectors come and go rotated
   Plane planes[4];
   float levels[256];       // unused entries are 0
@@ -68,7 +68,7 @@ inline float* aligned_copy(const float* from, int rows, int dim, bool transposed
 }
 
 inline Format* make_format(const FormatArguments& a) {
-  auto* f = new Format{a.dim, a.bits, a.centred, a.sinks, a.window, a.page_bytes, a.centre_offset, a.plane_count, a.folded};
+  auto* f = new Format{a.dim, a.bits, a.centred, a.sink_tokens, a.window, a.page_bytes, a.centre_offset, a.plane_count, a.folded};
   const int count = 1 << a.bits;
   std::copy(a.planes, a.planes + a.plane_count, f->planes);
   std::fill(std::begin(f->boundaries), std::end(f->boundaries), INFINITY);
@@ -113,7 +113,7 @@ struct Store {
     return pages + b * pages_batch + h * pages_head + p * pages_page;
   }
   char* row(int64_t b, int64_t h, int64_t r) const { return dense + b * dense_batch + h * dense_head + r * dense_row; }
-  char* ring(int64_t b, int64_t h, int64_t u) const { return row(b, h, 1 + f->sinks + u % f->window); }
+  char* ring(int64_t b, int64_t h, int64_t u) const { return row(b, h, 1 + f->sink_tokens + u % f->window); }
 };
 
 // A strided dense tensor [batch, heads, rows, dim], last dim contiguous.
@@ -144,16 +144,16 @@ struct View {
   Dense news;
   int64_t stored, packed, length, fresh;
 
-  int64_t packed_begin() const { return store.f->sinks; }
-  int64_t packed_end() const { return std::min<int64_t>(store.f->sinks + packed, stored); }
+  int64_t packed_begin() const { return store.f->sink_tokens; }
+  int64_t packed_end() const { return std::min<int64_t>(store.f->sink_tokens + packed, stored); }
 
   Run at(int64_t b, int64_t h, int64_t t, int64_t limit) const {
     const Format& f = *store.f;
     if (t < stored) {
-      if (t < f.sinks) return rows(std::min<int64_t>(f.sinks, stored), limit, store.row(b, h, 1 + t), store.dense_row, store.dtype);
-      int64_t u = t - f.sinks;
+      if (t < f.sink_tokens) return rows(std::min<int64_t>(f.sink_tokens, stored), limit, store.row(b, h, 1 + t), store.dense_row, store.dtype);
+      int64_t u = t - f.sink_tokens;
       if (u < packed) {
-        int64_t end = std::min<int64_t>({(u / PAGE + 1) * PAGE + f.sinks, stored, limit});
+        int64_t end = std::min<int64_t>({(u / PAGE + 1) * PAGE + f.sink_tokens, stored, limit});
         return {Kind::Packed, end, store.page(b, h, u / PAGE), int(u % PAGE), nullptr, 0, F32};
       }
       return rows(std::min<int64_t>(t + f.window - u % f.window, stored), limit, store.ring(b, h, u), store.dense_row, store.dtype);

@@ -107,32 +107,6 @@ std::vector<int> slots_of(PyObject* tuple) {
   return slots;
 }
 
-// An instruction of make_chain, see there.
-Instruction instruction_of(PyObject* o) {
-  Instruction step;
-  if (!PyTuple_Check(o)) fail(PyExc_TypeError, "an instruction must be a tuple");
-  if (PyTuple_GET_SIZE(o) == 3) {
-    PyObject *inputs, *outputs;
-    unsigned long long entry;
-    if (!PyArg_ParseTuple(o, "KO!O!", &entry, &PyTuple_Type, &inputs, &PyTuple_Type, &outputs)) throw Failure{};
-    step.entry = (Entry)entry;
-    step.inputs = slots_of(inputs);
-    step.outputs = slots_of(outputs);
-    return step;
-  }
-  PyObject* dead;
-  long long capacity;
-  int causal;
-  if (!PyArg_ParseTuple(o, "(iiiiii)iiLffpO!", &step.query, &step.key, &step.value, &step.positions, &step.mask,
-                        &step.sinks, &step.caches, &step.out, &capacity, &step.scale, &step.softcap, &causal,
-                        &PyTuple_Type, &dead))
-    throw Failure{};
-  step.capacity = capacity;
-  step.causal = causal;
-  step.dead = slots_of(dead);
-  return step;
-}
-
 void delete_chain(PyObject* capsule) { delete (Chain*)PyCapsule_GetPointer(capsule, "chain"); }
 
 Chain& chain_of(PyObject* o) {
@@ -141,30 +115,63 @@ Chain& chain_of(PyObject* o) {
   return *chain;
 }
 
-// make_chain(inputs, slots, instructions, outputs) -> capsule. An instruction is (entry address, input slots, output
-// slots), or ((query, key, value, positions, mask, sinks), first slot of the caches, output slot, capacity or -1, scale,
-// softcap, causal, dead slots).
+// make_chain(inputs, slots, outputs) -> capsule of a chain without steps.
 PyObject* py_make_chain(PyObject*, PyObject* args) try {
-  PyObject *instructions, *outputs;
+  PyObject* outputs;
   auto chain = std::make_unique<Chain>();
-  if (!PyArg_ParseTuple(args, "iiO!O!", &chain->inputs, &chain->slots, &PyTuple_Type, &instructions, &PyTuple_Type,
-                        &outputs))
-    return nullptr;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(instructions); ++i)
-    chain->instructions.push_back(instruction_of(PyTuple_GET_ITEM(instructions, i)));
+  if (!PyArg_ParseTuple(args, "iiO!", &chain->inputs, &chain->slots, &PyTuple_Type, &outputs)) return nullptr;
   chain->outputs = slots_of(outputs);
   return PyErr_Occurred() ? nullptr : PyCapsule_New(chain.release(), "chain", delete_chain);
 } catch (Failure&) {
   return nullptr;
 }
 
-// run_chain(chain, handles, specs, in_python) -> handles; see `run_chain` and `attend_in_python`.
+// The fields of a step by their names, see `Instruction` and tqc/execute/chains.py.
+PyObject* py_add_region(PyObject*, PyObject* args, PyObject* named) try {
+  static const char* names[] = {"chain", "entry", "inputs", "outputs", "last", nullptr};
+  PyObject *chain, *inputs, *outputs, *last;
+  unsigned long long entry;
+  Instruction step;
+  if (!PyArg_ParseTupleAndKeywords(args, named, "OKO!O!O!", (char**)names, &chain, &entry, &PyTuple_Type, &inputs,
+                                   &PyTuple_Type, &outputs, &PyTuple_Type, &last))
+    return nullptr;
+  step.entry = (Entry)entry;
+  step.inputs = slots_of(inputs);
+  step.outputs = slots_of(outputs);
+  step.last = slots_of(last);
+  if (PyErr_Occurred()) return nullptr;
+  chain_of(chain).instructions.push_back(std::move(step));
+  Py_RETURN_NONE;
+} catch (Failure&) {
+  return nullptr;
+}
+
+PyObject* py_add_attention(PyObject*, PyObject* args, PyObject* named) try {
+  static const char* names[] = {"chain", "query", "key",      "value", "positions", "attn_mask", "sinks", "caches",
+                                "out",   "scale", "softcap", "is_causal", "dead",     nullptr};
+  PyObject *chain, *dead;
+  int causal;
+  Instruction step;
+  if (!PyArg_ParseTupleAndKeywords(args, named, "OiiiiiiiiffpO!", (char**)names, &chain, &step.query, &step.key,
+                                   &step.value, &step.positions, &step.mask, &step.sinks, &step.caches, &step.out,
+                                   &step.scale, &step.softcap, &causal, &PyTuple_Type, &dead))
+    return nullptr;
+  step.causal = causal;
+  step.dead = slots_of(dead);
+  if (PyErr_Occurred()) return nullptr;
+  chain_of(chain).instructions.push_back(std::move(step));
+  Py_RETURN_NONE;
+} catch (Failure&) {
+  return nullptr;
+}
+
+// run_chain(chain, handles, specs, capacities, in_python) -> handles; see `run_chain` and `attend_in_python`.
 PyObject* py_run_chain(PyObject*, PyObject* const* args, Py_ssize_t n) try {
-  expect(n, 4);
+  expect(n, 5);
   Chain& chain = chain_of(args[0]);
-  if (!PyList_Check(args[1]) || !PyList_Check(args[2]) || PyList_GET_SIZE(args[1]) != chain.inputs)
-    fail(PyExc_TypeError, "a chain takes a list of its inputs' handles and a list of specs");
-  return run_chain(chain, args[1], args[2], args[3]);
+  if (!PyList_Check(args[1]) || !PyList_Check(args[2]) || !PyList_Check(args[3]) || PyList_GET_SIZE(args[1]) != chain.inputs)
+    fail(PyExc_TypeError, "a chain takes lists of its inputs' handles, of specs and of capacities");
+  return run_chain(chain, args[1], args[2], args[3], args[4]);
 } catch (Failure&) {
   return nullptr;
 }
@@ -179,14 +186,14 @@ PyObject* py_chain_seconds(PyObject*, PyObject* o) try {
   return nullptr;
 }
 
-// make_format(dim, bits, centred, sinks, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
+// make_format(dim, bits, centred, sink_tokens, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
 // is_hadamard, score_variance, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
   FormatArguments a{};
   PyObject* planes;
   unsigned long long levels, boundaries, rotation;
   int hadamard;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &a.dim, &a.bits, &a.centred, &a.sinks, &a.window, &a.page_bytes,
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &a.dim, &a.bits, &a.centred, &a.sink_tokens, &a.window, &a.page_bytes,
                         &a.centre_offset, &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard,
                         &a.score_variance, &a.folded))
     return nullptr;
@@ -202,12 +209,12 @@ PyObject* py_make_format(PyObject*, PyObject* args) {
 }
 
 // setup(exchange capsule, on_unknown_spec, empty_strided, (float32, bfloat16, float16), scale table address,
-// (get_num_threads, in_parallel_region, GOMP_parallel) addresses or 0)
+// (torch_get_num_threads, torch_parallel_for) addresses or 0)
 PyObject* py_setup(PyObject*, PyObject* args) {
   PyObject *capsule, *callback, *allocator, *dtypes;
-  unsigned long long scales, threads, inside, fork;
-  if (!PyArg_ParseTuple(args, "OOOO!K(KKK)", &capsule, &callback, &allocator, &PyTuple_Type, &dtypes, &scales, &threads,
-                        &inside, &fork))
+  unsigned long long scales, threads, loop;
+  if (!PyArg_ParseTuple(args, "OOOO!K(KK)", &capsule, &callback, &allocator, &PyTuple_Type, &dtypes, &scales, &threads,
+                        &loop))
     return nullptr;
   exchange = (DLPackExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return nullptr;
@@ -222,9 +229,8 @@ PyObject* py_setup(PyObject*, PyObject* args) {
   keyword_dtype = Py_BuildValue("(s)", "dtype");
   name_contiguous = PyUnicode_InternFromString("contiguous");
   memcpy(scale_factors, (const float*)scales, sizeof scale_factors);
-  pool.threads = (int (*)())threads;
-  pool.inside = (bool (*)())inside;
-  pool.fork = (void (*)(void (*)(void*), void*, unsigned, unsigned))fork;
+  pool.threads = (decltype(pool.threads))threads;
+  pool.loop = (decltype(pool.loop))loop;
   Py_RETURN_NONE;
 }
 
@@ -239,6 +245,8 @@ PyMethodDef methods[] = {
     {"read", (PyCFunction)(void (*)())py_read, METH_FASTCALL, nullptr},
     {"attend", (PyCFunction)(void (*)())py_attend, METH_FASTCALL, nullptr},
     {"make_chain", py_make_chain, METH_VARARGS, nullptr},
+    {"add_region", (PyCFunction)(void (*)())py_add_region, METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"add_attention", (PyCFunction)(void (*)())py_add_attention, METH_VARARGS | METH_KEYWORDS, nullptr},
     {"run_chain", (PyCFunction)(void (*)())py_run_chain, METH_FASTCALL, nullptr},
     {"chain_seconds", py_chain_seconds, METH_O, nullptr},
     {"make_format", py_make_format, METH_VARARGS, nullptr},

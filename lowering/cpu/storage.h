@@ -15,7 +15,7 @@ struct AppendArgs {
 };
 
 inline int64_t packed_tokens(int64_t length, int64_t already, const Format& f) {
-  int64_t over = length - f.sinks - f.window;
+  int64_t over = length - f.sink_tokens - f.window;
   int64_t pages = over > 0 ? (over + PAGE - 1) / PAGE : 0;
   return std::max(already, pages * PAGE);
 }
@@ -24,7 +24,7 @@ inline int64_t packed_tokens(int64_t length, int64_t already, const Format& f) {
 inline int64_t rewind(const AppendArgs& a, int64_t packed, int64_t length) {
   const Store& s = a.store;
   const Format& f = *s.f;
-  int64_t kept = std::max<int64_t>(0, length - f.sinks);
+  int64_t kept = std::max<int64_t>(0, length - f.sink_tokens);
   if (kept >= packed) return packed;
   packed = kept / PAGE * PAGE;
   if (kept == packed) return packed;
@@ -48,7 +48,7 @@ inline int64_t pages_needed(const AppendArgs& a) {
   int64_t length = a.start >= 0 ? a.start : a.store.state[0];
   int64_t packed = a.store.state[1];
   if (length < a.store.state[0])
-    packed = std::min(packed, std::max<int64_t>(0, length - a.store.f->sinks) / PAGE * PAGE);
+    packed = std::min(packed, std::max<int64_t>(0, length - a.store.f->sink_tokens) / PAGE * PAGE);
   return packed_tokens(length + a.count, packed, *a.store.f) / PAGE;
 }
 
@@ -65,8 +65,8 @@ inline void append(const AppendArgs& a) {
     gap = a.start - length;
   }
   const int64_t end = length + gap + a.count, packed_after = packed_tokens(end, packed, f);
-  const int64_t taken = std::max<int64_t>(0, std::min(f.sinks - length, gap + a.count));
-  const int64_t first = length + taken - f.sinks;  // packed index of the first new token behind the sinks
+  const int64_t taken = std::max<int64_t>(0, std::min(f.sink_tokens - length, gap + a.count));
+  const int64_t first = length + taken - f.sink_tokens;  // packed index of the first new token behind the sinks
   auto put = [&](char* to, int64_t b, int64_t h, int64_t t) {  // t: position of a new token
     if (t < length + gap) memset(to, 0, row_bytes);
     else memcpy(to, a.news.at(b, h, t - length - gap), row_bytes);
@@ -80,7 +80,7 @@ inline void append(const AppendArgs& a) {
     const int64_t stores = a.batch * a.heads;
     auto gather = [&](float* x, int64_t b, int64_t h, int64_t u) {
       for (int t = 0; t < PAGE; ++t, ++u, x += ld) {
-        int64_t position = u + f.sinks;
+        int64_t position = u + f.sink_tokens;
         for (int i = f.dim; i < ld; ++i) x[i] = 0;
         if (u < first) to_float(x, s.ring(b, h, u), f.dim, s.dtype);
         else if (position < length + gap) memset(x, 0, ld * sizeof(float));
@@ -125,7 +125,7 @@ inline void append(const AppendArgs& a) {
   const int64_t kept = std::max(first, packed_after);
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t h = 0; h < a.heads; ++h)
-      for (int64_t u = kept; u < end - f.sinks; ++u) put(s.ring(b, h, u), b, h, u + f.sinks);
+      for (int64_t u = kept; u < end - f.sink_tokens; ++u) put(s.ring(b, h, u), b, h, u + f.sink_tokens);
   s.state[0] = end;
   s.state[1] = packed_after;
 }

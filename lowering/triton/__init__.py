@@ -6,39 +6,20 @@ the functions also take CPU tensors, slowly: for tests.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from tqc.format import PackedFormat
+from tqc.lowering.provider import Provider, Unavailable
 
-if find_spec("triton") is not None:
-    from tqc.lowering.triton.append import append, append_pair
-    from tqc.lowering.triton.attention import attend, attend_paged
-    from tqc.lowering.triton.read import read
-
-__all__ = ["NAME", "accepts", "append", "append_pair", "attend", "attend_paged", "read", "supported"]
-
-NAME = "triton"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def supported() -> str | None:
-    if not torch.cuda.is_available() or torch.version.hip:
-        return "there is no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        return "needs a GPU of compute capability 8.0 or later, this one has {}.{}".format(*capability)
-    if find_spec("triton") is None:
-        return "triton is not installed (pip install 'tqai-compiler[triton]')"
-    return None
-
-
-def accepts(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, device_type: str) -> str | None:
+def supports(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, device_type: str) -> str | None:
     if device_type != "cuda":
         return f"runs on cuda, not on {device_type}"
     if dtype not in _DTYPES:
@@ -50,3 +31,19 @@ def accepts(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, device
         if getattr(k_fmt, name) != getattr(v_fmt, name):
             return f"takes one {name} for keys and values, not {getattr(k_fmt, name)} and {getattr(v_fmt, name)}"
     return None
+
+
+def load() -> Any:
+    if not torch.cuda.is_available() or torch.version.hip:
+        raise Unavailable("there is no CUDA device")
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        raise Unavailable("needs a GPU of compute capability 8.0 or later, this one has {}.{}".format(*capability))
+    if find_spec("triton") is None:
+        raise Unavailable("triton is not installed (pip install 'tqai-compiler[triton]')")
+    from tqc.lowering.triton import kernels
+
+    return kernels
+
+
+PROVIDER = Provider("triton", rank=0, supports=supports, load=load, pairs=True, waits_for_device=False)

@@ -1,7 +1,7 @@
 """Encoding of pages on the device, step by step as `tqc.format.quantizer` does it.
 
 A program holds the 32 tokens of one page as a tile [32, D], with D = head_dim padded to a power of two; padded elements
-are zeros. `fmt`, the `PackedFormat` itself, is a compile-time constant.
+are zeros. `fmt` is a `TileFormat`, a compile-time constant.
 """
 
 from __future__ import annotations
@@ -10,60 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from tqc.format import PAGE_TOKENS as _PAGE_TOKENS
-from tqc.format import SCALE_NAN as _SCALE_NAN
-from tqc.format import SCALE_STEPS as _SCALE_STEPS
-from tqc.format import SCALE_ZERO as _SCALE_ZERO
-from tqc.format import PackedFormat
-from tqc.format.quantizer import SCALE_SEARCH
-from tqc.format.quantizer import SCALE_SEARCH_BITS as _SCALE_SEARCH_BITS
+from tqc.format import quantizer
+from tqc.lowering.triton.format import PAGE, SCALE_NAN, SCALE_STEPS, SCALE_ZERO
 
-PAGE_TOKENS = tl.constexpr(_PAGE_TOKENS)
-SCALE_NAN = tl.constexpr(_SCALE_NAN)
-SCALE_STEPS = tl.constexpr(_SCALE_STEPS)
-SCALE_ZERO = tl.constexpr(_SCALE_ZERO)
-SCALES_TRIED = tl.constexpr(len(SCALE_SEARCH))
-SCALE_SEARCH_BITS = tl.constexpr(_SCALE_SEARCH_BITS)
+SCALES_TRIED = tl.constexpr(len(quantizer.SCALE_SEARCH))
+SCALE_SEARCH_BITS = tl.constexpr(quantizer.SCALE_SEARCH_BITS)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Adding and taking off 1.5 * 2**23 rounds a float32 to the nearest integer, halves to even.
 ROUND = tl.constexpr(12582912.0)
-
-
-def rotation(fmt: PackedFormat, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The transposed rotation, [head_dim, head_dim], over its `gain`.
-
-    A Hadamard matrix is all +-1 but for a factor. Made of powers of two it is exact in half precision, and so are the
-    products of the matrix units with it, whose sums are float32.
-    """
-    matrix = fmt.rotation_matrix().T
-    if not _exact_in_halves(fmt, dtype):
-        return matrix.to(device).contiguous()
-    # The interpreter, on a CPU, has no products of bfloat16.
-    exact = torch.float32 if device.type == "cpu" else dtype
-    return (matrix.sign() * 2.0 ** -(fmt.head_dim.bit_length() // 2)).to(device, exact).contiguous()
-
-
-def gain(fmt: PackedFormat, dtype: torch.dtype) -> float:
-    """The factor that products with `rotation` lack."""
-    return 2**0.5 if _exact_in_halves(fmt, dtype) and fmt.head_dim.bit_length() % 2 == 0 else 1.0
-
-
-def _exact_in_halves(fmt: PackedFormat, dtype: torch.dtype) -> bool:
-    return dtype.itemsize == 2 and fmt.rotation == "hadamard" and fmt.head_dim.bit_count() == 1
-
-
-def search_factors(device: torch.device) -> torch.Tensor:
-    """Factors of the scales tried, float32."""
-    return torch.tensor([2.0 ** (steps / SCALE_STEPS.value) for steps in SCALE_SEARCH]).to(device)
-
-
-@triton.constexpr_function
-def packed_format(spec: str):
-    """The format of a spec. Kernels take the spec: it is what torch can keep in a graph."""
-    # Inductor copies the text of this function to where it compiles a kernel: what it needs is imported here.
-    from tqc.format import packed as format
-
-    return format.PackedFormat.parse(spec)
 
 
 @triton.jit
@@ -131,7 +85,7 @@ def encode_page(page, y, centre, levels, boundaries, search, fmt: tl.constexpr):
     """Write one page from its rotated tokens `y` [32, D] and the head's centre [D]."""
     D: tl.constexpr = y.shape[1]
     inside = tl.arange(0, D) < fmt.head_dim
-    token = tl.arange(0, PAGE_TOKENS)
+    token = tl.arange(0, PAGE)
     r = y
     if fmt.centred:
         r = r - centre[None, :]
@@ -159,9 +113,9 @@ def encode_page(page, y, centre, levels, boundaries, search, fmt: tl.constexpr):
     base = tl.max(scale)
     code = _scale_code(scale, base)
     scale = tl.where(code == SCALE_ZERO, 0.0, tl.exp2(-code.to(tl.float32) / SCALE_STEPS) * base)
-    best = tl.full([PAGE_TOKENS], -1.0, tl.float32)
-    unit = tl.zeros([PAGE_TOKENS], tl.float32)
-    factor = tl.zeros([PAGE_TOKENS], tl.float32)
+    best = tl.full([PAGE], -1.0, tl.float32)
+    unit = tl.zeros([PAGE], tl.float32)
+    factor = tl.zeros([PAGE], tl.float32)
     for i in range(SCALES_TRIED if fmt.bits <= SCALE_SEARCH_BITS else 1):
         tried = peak / tl.maximum(scale * tl.load(search + i), TINY)
         level = _nearest_level(r * tried[:, None], levels, boundaries, fmt)
@@ -184,48 +138,3 @@ def encode_page(page, y, centre, levels, boundaries, search, fmt: tl.constexpr):
     tl.store(page + fmt.scales_offset + token, code.to(tl.uint8))
     for i in tl.static_range(len(fmt.planes)):
         _store_plane(page + fmt.planes[i][2], codes, fmt.planes[i][0], fmt.planes[i][1], fmt.head_dim)
-
-
-@triton.jit
-def decode_page(page, centre, levels, matrix, gain, fmt: tl.constexpr):
-    """The 32 tokens of a page, float32 [32, D]. matrix, gain: of `rotation`; centre: pointer to the head's."""
-    D: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
-    # float32 takes twice the registers.
-    STEP: tl.constexpr = 16 if D > 128 and matrix.dtype.element_ty == tl.float32 else min(D, 32)
-    column = tl.arange(0, D)
-    x = tl.zeros([PAGE_TOKENS, D], tl.float32)
-    for e in range(0, D, STEP):
-        element = e + tl.arange(0, STEP)
-        y = _decode_elements(page, centre, element, levels, fmt)
-        inside = (element < fmt.head_dim)[:, None] & (column < fmt.head_dim)[None, :]
-        m = tl.load(matrix + column[None, :] * fmt.head_dim + element[:, None], mask=inside, other=0.0)
-        x = tl.dot(y, m.to(tl.float32), x, input_precision="tf32x3")
-    return x * gain
-
-
-@triton.jit
-def _decode_elements(page, centre, element, levels, fmt: tl.constexpr):
-    """Elements `element` [E] of a page's 32 tokens, rotated, float32 [32, E]: a plain way, for a page now and then."""
-    token = tl.arange(0, PAGE_TOKENS)
-    inside = element < fmt.head_dim
-    codes = tl.zeros([PAGE_TOKENS, element.shape[0]], tl.int32)
-    for i in tl.static_range(len(fmt.planes)):
-        codes |= _load_plane(page + fmt.planes[i][2], token, element, fmt.planes[i][0], fmt) << fmt.planes[i][1]
-    header = page.to(tl.pointer_type(tl.float32))
-    code = tl.load(page + fmt.scales_offset + token).to(tl.float32)
-    scale = tl.exp2(-code / SCALE_STEPS) * tl.load(header)
-    scale = tl.where(code == SCALE_ZERO, 0.0, tl.where(code == SCALE_NAN, float("nan"), scale))
-    y = tl.load(levels + codes) * scale[:, None]
-    if fmt.centred:
-        step = tl.load(header + 1)
-        nibble = _load_plane(page + fmt.centre_offset, tl.zeros([1], tl.int32), element, 4, fmt).to(tl.float32)
-        y += (nibble - 8.0) * step + tl.load(centre + element, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return tl.where(inside[None, :], y, 0.0)
-
-
-@triton.jit
-def _load_plane(plane, row, element, width: tl.constexpr, fmt: tl.constexpr):
-    STRIDE: tl.constexpr = fmt.head_dim * width // 8
-    byte = row[:, None] * STRIDE + (element % STRIDE)[None, :]
-    packed = tl.load(plane + byte, mask=(element < fmt.head_dim)[None, :], other=0).to(tl.int32)
-    return (packed >> (element // STRIDE * width)[None, :]) & ((1 << width) - 1)

@@ -8,10 +8,16 @@ from functools import cache, cached_property
 import numpy as np
 import triton
 import triton.language as tl
-from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
-from tqc.format import PackedFormat
+from tqc.format import PackedFormat, packed
+from tqc.torch_private import no_modes
 
+PAGE = tl.constexpr(packed.PAGE_TOKENS)
+HEADER_BYTES = tl.constexpr(packed.HEADER_BYTES)
+SCALE_NAN = tl.constexpr(packed.SCALE_NAN)
+SCALE_STEPS = tl.constexpr(packed.SCALE_STEPS)
+SCALE_ZERO = tl.constexpr(packed.SCALE_ZERO)
+CENTRE_ZERO = tl.constexpr(packed.CENTRE_ZERO)
 # Widest codes that are looked up by byte permutes.
 PERMUTED_BITS = tl.constexpr(4)
 # Offset of the logarithm and number of coefficients for wider codes. The error added is 1/180 of the coding error at 8
@@ -24,8 +30,9 @@ class TileFormat(PackedFormat):
     """A format with what its tiles need at compile time. Hashed and compared by the format's own fields."""
 
     @classmethod
+    @cache
     def of(cls, fmt: PackedFormat) -> TileFormat:
-        return _tile_format(fmt)
+        return cls(*astuple(fmt))
 
     @cached_property
     def narrowest(self) -> int:
@@ -80,11 +87,6 @@ class TileFormat(PackedFormat):
     def log_offset(self) -> float:
         """The polynomial's variable is log2(log_offset - distance of the code from the middle)."""
         return 2.0 ** (self.bits - 1) + _POLYNOMIAL[self.bits][0]
-
-
-@cache
-def _tile_format(fmt: PackedFormat) -> TileFormat:
-    return TileFormat(*astuple(fmt))
 
 
 @triton.constexpr_function

@@ -1,61 +1,17 @@
-"""Dense copy of stored tokens: `tqc.ops.read` on the device, for uses that no fused kernel takes."""
+"""`read` of the provider: the launch of `read_kernel`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from tqc.format import PackedFormat
-from tqc.lowering.triton.encode import PAGE_TOKENS as PAGE
-from tqc.lowering.triton.encode import decode_page, packed_format, rotation
-
-
-@triton.jit
-def read_kernel(pages, dense, state, matrix, levels, out, length, num_pages, spec: tl.constexpr):
-    """Grid: (1 + pages' worth of tokens behind the sinks, batch * heads); program 0 copies the sinks.
-
-    Args:
-        pages, dense, state: contiguous, as in `tqc.format`.
-        matrix: of `encode.rotation`, float32, whose gain is 1. levels: the format's, float32.
-        out: [batch * heads, length, head_dim].
-    """
-    fmt: tl.constexpr = packed_format(spec)
-    head = tl.program_id(1).to(tl.int64)
-    WIDTH: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
-    SINKS: tl.constexpr = fmt.sink_tokens
-    d = tl.arange(0, WIDTH)
-    inside = (d < fmt.head_dim)[None, :]
-    rows = dense + head * (fmt.dense_rows * fmt.head_dim)
-    target = out + head * length * fmt.head_dim + d[None, :]
-    stored = tl.minimum(tl.load(state), length)
-    place = tl.arange(0, PAGE)
-    if tl.program_id(0) == 0:
-        for first in range(0, SINKS, PAGE):
-            token = place + first
-            source = rows + (1 + token)[:, None] * fmt.head_dim + d[None, :]
-            value = tl.load(source, mask=(token < tl.minimum(stored, SINKS))[:, None] & inside, other=0)
-            tl.store(
-                target + token[:, None] * fmt.head_dim, value, (token < tl.minimum(length, SINKS))[:, None] & inside
-            )
-    else:
-        page_index = tl.program_id(0) - 1
-        behind = place + page_index * PAGE
-        coded = tl.minimum(tl.load(state + 1), stored - SINKS)
-        ring = (behind >= coded) & (behind < stored - SINKS)
-        source = rows + (1 + SINKS + behind % fmt.residual_window)[:, None] * fmt.head_dim + d[None, :]
-        result = tl.load(source, mask=ring[:, None] & inside, other=0).to(tl.float32)
-        if page_index * PAGE < coded:
-            page = pages + (head * num_pages + page_index) * fmt.page_bytes
-            decoded = decode_page(page, rows, levels, matrix, 1.0, fmt)
-            result = tl.where((behind < coded)[:, None], decoded, result)
-        token = (behind + SINKS)[:, None]
-        tl.store(target + token * fmt.head_dim, result.to(out.dtype.element_ty), mask=(token < length) & inside)
+from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.lowering.triton.read_kernels import read_kernel
+from tqc.lowering.triton.tables import read_tables
 
 
 def read(
@@ -67,17 +23,10 @@ def read(
     out = torch.empty(batch, heads, length, fmt.head_dim, dtype=dense.dtype, device=dense.device)
     if out.numel() == 0:
         return out
-    grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE.value), batch * heads)
+    grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE_TOKENS), batch * heads)
     kernel = read_kernel if tables is None else wrap_triton(read_kernel)
     matrix, levels = tables or read_tables(spec, dense.device)
     pages, dense = pages.contiguous(), dense.contiguous()
     warps = 8 if fmt.head_dim > 128 else 4
     kernel[grid](pages, dense, state, matrix, levels, out, length, pages.shape[2], spec, num_warps=warps)
     return out
-
-
-@cache
-def read_tables(spec: str, device: torch.device) -> tuple[Tensor, ...]:
-    """The rotation and the levels, as `read_kernel` takes them."""
-    fmt = PackedFormat.parse(spec)
-    return rotation(fmt, torch.float32, device), fmt.levels(device)

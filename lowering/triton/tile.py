@@ -1,6 +1,6 @@
 """Pieces of attention on one tile: products, rotations, scores, the running softmax.
 
-Scores are kept in units of log2 once they are final. `m`, `l` and `acc` are the running maximum, sum of weights and
+Scores are kept in units of log2 once they are final. `m`, `total` and `acc` are the running maximum, sum of weights and
 weighted sum of values of each query row, all float32.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tqc.lowering.triton.page import INTERPRET, column_element
+from tqc.lowering.triton.decode import INTERPRET, column_element
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -139,16 +139,20 @@ def capped(scores, softcap: tl.constexpr):
 
 
 @triton.jit
-def masked(scores, mask, row_valid, column, valid, step):
-    """Scores with the mask's added, -inf where not `valid` or masked.
+def visible(scores, column, inside, sight, CAUSAL: tl.constexpr):
+    """Scores with the mask's added, -inf where a row does not see a column.
 
     Args:
         scores: in units of log2, [n, rows].
-        mask: pointers to each row's first column of the mask (uint8 for a bool one), [rows], or None.
-        row_valid: which rows have a mask, [rows].
-        column: of each score, int64 [n]; step: the mask's stride along columns.
-        valid: [n, rows or 1].
+        column: of each score, int64 [n]; inside: whether any row sees it, [n].
+        sight: (which rows there are [rows], pointers to each row's first column of the mask (uint8 for a bool one)
+            [rows] or None, the mask's stride along columns, column of the first new token, last new token that each
+            row sees if CAUSAL [rows]).
     """
+    row_valid, mask, step, first, last = sight
+    valid = inside[:, None]
+    if CAUSAL:
+        valid = valid & ((column - first).to(tl.int32)[:, None] <= last[None, :])
     if mask is not None:
         loaded = tl.load(mask[None, :] + column[:, None] * step, mask=row_valid[None, :] & valid, other=0)
         if loaded.dtype == tl.uint8:
@@ -164,3 +168,10 @@ def softmax_step(scores, m):
     top = tl.maximum(m, tl.max(scores, axis=0))
     origin = tl.where(top == float("-inf"), 0.0, top)
     return tl.exp2(scores - origin[None, :]), tl.exp2(m - origin), top
+
+
+@triton.jit
+def softmax_add(scores, m, total, acc):
+    """Weights of a tile, and `m`, `total` and `acc` with it, the last without its values yet."""
+    weights, before, m = softmax_step(scores, m)
+    return weights, m, total * before + tl.sum(weights, axis=0), acc * before[None, :]

@@ -18,7 +18,7 @@ from types import FunctionType
 
 from torch.library import triton_op
 
-from tqc.lowering.triton import append, append_pair, attend, attend_paged, read
+from tqc.lowering.triton.kernels import append, append_pair, attend, attend_paged, read
 
 NAMESPACE = "tqai_triton_1"
 _CACHE = ("pages", "dense", "state")

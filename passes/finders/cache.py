@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tqc.passes.graph import argument, calls, is_packed, value, writers
+from tqc.ops import TENSORS, example, is_packed
+from tqc.passes.graph import argument, calls, writers
 
 _FULL = slice(None, None, None)
 
@@ -60,7 +61,7 @@ def find_cache(node: Node) -> CacheWrite | str:
     if target.op == "placeholder" or calls(target, torch.zeros, "new_zeros", torch.zeros_like):
         written = writers(target)
         if written:
-            return _match_write(target, written, prefix)
+            return find_write(target, written, prefix)
         if is_packed(target) and prefix is None:
             return CacheWrite("read", target, target, None)
         if target.op == "placeholder" and prefix is None:
@@ -84,9 +85,9 @@ def _why_unknown(node: Node) -> str:
 def _extends_input(node: Node) -> bool:
     tensors = argument(node, 0, "tensors") if calls(node, torch.cat, torch.concat) else None
     past = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
-    if not isinstance(past, Node) or not isinstance(value(past), Tensor):
+    if not isinstance(past, Node) or not isinstance(example(past), TENSORS):
         return False
-    return past.op == "placeholder" or value(past).numel() == 0
+    return past.op == "placeholder" or is_packed(past) or example(past).numel() == 0
 
 
 def _match_cat(node: Node) -> CacheWrite | str:
@@ -95,17 +96,17 @@ def _match_cat(node: Node) -> CacheWrite | str:
     if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or dim not in (2, -2):
         return "the concatenation is not of a cache and new tokens along the length"
     past, new = tensors
-    if value(new).dim() != 4:
-        return f"new keys or values have {value(new).dim()} dimensions, not 4"
+    if example(new).dim() != 4:
+        return f"new keys or values have {example(new).dim()} dimensions, not 4"
     if writers(node) or writers(past):
         return "the cache is also written in place"
-    empty = value(past).numel() == 0 if not is_packed(past) else False
+    empty = example(past).numel() == 0 if not is_packed(past) else False
     if empty:
         return CacheWrite("grow", node, None, new)
     if past.op != "placeholder":
         return "the cache before the concatenation is not an input of the graph"
-    if value(past).dtype != value(new).dtype:
-        return f"the cache is {value(past).dtype} and new tokens are {value(new).dtype}"
+    if example(past).dtype != example(new).dtype:
+        return f"the cache is {example(past).dtype} and new tokens are {example(new).dtype}"
     return CacheWrite("grow", node, past, new)
 
 
@@ -122,10 +123,10 @@ def _strip_prefix(node: Node) -> tuple[Node, Any]:
     return node.args[0], part.stop
 
 
-def _match_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | str:
+def find_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | str:
     """One write of new tokens into a preallocated tensor: `index_copy_`, `cache[:, :, positions] = new`, or a slice."""
-    if value(cache).dim() != 4:
-        return f"the preallocated cache has {value(cache).dim()} dimensions, not 4"
+    if example(cache).dim() != 4:
+        return f"the preallocated cache has {example(cache).dim()} dimensions, not 4"
     if len(written) != 1:
         return "the preallocated cache is written more than once"
     operation = written[0]
@@ -139,20 +140,20 @@ def _match_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | 
         positions = index[2] if found else None
     else:
         found = False
-    if not found or not isinstance(new, Node) or not isinstance(value(new), Tensor) or value(new).dim() != 4:
+    if not found or not isinstance(new, Node) or not isinstance(example(new), Tensor) or example(new).dim() != 4:
         return "the preallocated cache is not written along its length"
     counted = False
     if isinstance(positions, slice):
         if positions.step not in (None, 1):
             return "the preallocated cache is written with a stride"
         positions, counted = (0 if positions.start is None else positions.start), True
-    elif not isinstance(positions, Node) or not isinstance(value(positions), Tensor) or value(positions).dim() != 1:
+    elif not isinstance(positions, Node) or not isinstance(example(positions), Tensor) or example(positions).dim() != 1:
         return "the preallocated cache is not written at positions in one dimension"
-    elif value(positions).dtype not in (torch.int64, torch.int32):
-        return f"the positions of new tokens are {value(positions).dtype}"
+    elif example(positions).dtype not in (torch.int64, torch.int32):
+        return f"the positions of new tokens are {example(positions).dtype}"
     else:
         counted = _counts_up(positions)
-    if value(new).dtype != value(cache).dtype or value(new).shape[:2] != value(cache).shape[:2]:
+    if example(new).dtype != example(cache).dtype or example(new).shape[:2] != example(cache).shape[:2]:
         return "new tokens differ from the preallocated cache in dtype, batch or heads"
     return CacheWrite("write", cache, cache, new, operation, positions, counted, prefix)
 
@@ -164,5 +165,5 @@ def _counts_up(positions: Node) -> bool:
     left, right = positions.args
     if not calls(left, torch.arange):
         left, right = right, left
-    single = not isinstance(value(right), Tensor) or value(right).numel() == 1
+    single = not isinstance(example(right), Tensor) or example(right).numel() == 1
     return calls(left, torch.arange) and len(left.args) in (1, 2) and single

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tqc.passes.finders.attention import Attention, Mask, strip_heads
-from tqc.passes.graph import argument, calls, is_in_place, strip_casts, value
+from tqc.ops import example
+from tqc.passes.finders.site import Attention, Mask, strip_heads
+from tqc.passes.graph import argument, calls, is_in_place, strip_casts
 
 SOFTMAX = (torch.nn.functional.softmax, torch.softmax, "softmax")
 MATMUL = (torch.matmul, operator.matmul, "matmul")
@@ -53,7 +54,7 @@ class Scores:
 
 def match_eager(node: Node) -> Attention | None:
     """softmax(scale * query @ key' + mask) @ value, from its softmax; with softcap, with attention sinks."""
-    if not calls(node, *SOFTMAX) or not isinstance(value(node), Tensor) or value(node).dim() != 4:
+    if not calls(node, *SOFTMAX) or not isinstance(example(node), Tensor) or example(node).dim() != 4:
         return None
     if argument(node, 1, "dim") not in (-1, 3):
         return None
@@ -98,10 +99,10 @@ def _find_values(softmax: Node) -> tuple[Node, Node, str | None, bool] | None:
                 reason = "the attention weights are an output"
             elif is_in_place(user):
                 reason = "the attention weights are written into"
-            elif isinstance(value(user), Tensor):
+            elif isinstance(example(user), Tensor):
                 chain.append(user)
         products = [user for user in chain if calls(user, *MATMUL) and user.args[0] is node]
-        if len(products) == 1 and value(products[0]).dim() == 4:
+        if len(products) == 1 and example(products[0]).dim() == 4:
             if len(chain) > 1:
                 reason = "the attention weights are used outside of the attention"
             return products[0], strip_casts(products[0].args[1]), reason, dropped
@@ -143,13 +144,13 @@ def _walk_up(node: Any, scores: Scores) -> None:
             raise NotUnderstood("two products of matrices are added")
         of_scores, mask = (left, right) if _leads_to_product(left) else (right, left)
         scores.enter(1, "a mask")
-        if not isinstance(mask, Node) or not isinstance(value(mask), Tensor) or not value(mask).is_floating_point():
+        if not isinstance(mask, Node) or not isinstance(example(mask), Tensor) or not example(mask).is_floating_point():
             raise NotUnderstood("what is added to the scores is not a float tensor")
         scores.masks.append(Mask(mask, "add"))
         _walk_up(of_scores, scores)
     elif calls(node, "masked_fill", torch.masked_fill):
         scores.enter(1, "a mask")
-        if not _is_minus_infinity(argument(node, 2, "value"), value(node).dtype):
+        if not _is_minus_infinity(argument(node, 2, "value"), example(node).dtype):
             raise NotUnderstood("masked scores are not set to the lowest value")
         scores.masks.append(Mask(argument(node, 1, "mask"), "drop"))
         _walk_up(node.args[0], scores)
@@ -201,7 +202,7 @@ def _match_product(node: Node, scores: Scores) -> None:
         key = transposed.args[0] if tuple(d % 4 for d in order) == (0, 1, 3, 2) else None
     elif calls(transposed, getattr) and transposed.args[1] in ("mT",):
         key = transposed.args[0]
-    if key is None or value(query).dim() != 4 or value(key).dim() != 4:
+    if key is None or example(query).dim() != 4 or example(key).dim() != 4:
         raise NotUnderstood("the scores are not queries times transposed keys of four dimensions")
     scores.query, scores.key = strip_casts(query), strip_casts(key)
 
@@ -213,10 +214,10 @@ def _match_sinks(node: Node, scores: Scores) -> None:
         raise NotUnderstood("the scores are concatenated with something")
     wide = strip_casts(tensors[1])
     expanded = strip_casts(wide.args[0]) if calls(wide, "expand") else wide
-    heads = value(node).shape[1]
+    heads = example(node).shape[1]
     base = strip_casts(expanded.args[0]) if calls(expanded, "reshape", "view", torch.reshape) else None
-    shape = tuple(value(expanded).shape)
-    if base is None or shape != (1, heads, 1, 1) or tuple(value(base).shape) != (heads,):
+    shape = tuple(example(expanded).shape)
+    if base is None or shape != (1, heads, 1, 1) or tuple(example(base).shape) != (heads,):
         raise NotUnderstood("the scores are concatenated with something that is not one sink per head")
     scores.sinks = base
     _walk_up(tensors[0], scores)

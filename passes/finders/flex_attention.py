@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tqc.passes.finders.attention import Attention, Mask, strip_heads
-from tqc.passes.graph import calls, strip_casts, value
+from tqc.ops import example
+from tqc.passes.finders.site import Attention, Mask, strip_heads
+from tqc.passes.graph import calls, strip_casts
 
 FLEX = torch.ops.higher_order.flex_attention
 # What a mask function may be made of: it is run on broadcast indices instead of single ones.
@@ -107,7 +108,7 @@ def visible(
         total = indices.shape[-1]
         named = torch.arange(total, device=indices.device) < count[..., None]
         at = torch.where(named, indices.long(), total)
-        table = torch.zeros(*indices.shape[:-1], total + 1, dtype=torch.bool, device=indices.device)
+        table = torch.nn.functional.pad(torch.zeros_like(indices, dtype=torch.bool), (0, 1))
         table = table.scatter(-1, at, torch.ones_like(named))
         return table[:, :, (rows // q_block_size)[:, None], (columns // kv_block_size)[None, :]]
 
@@ -131,4 +132,4 @@ def mask_function(node: Node) -> tuple[GraphModule, tuple[Any, ...]]:
 
 def shape_of(node: Node) -> tuple[int, int, Any]:
     """Batch, query heads and rows of a `flex_attention` node."""
-    return tuple(value(node.args[0]).shape[:3])
+    return tuple(example(node.args[0]).shape[:3])

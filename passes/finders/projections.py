@@ -15,9 +15,10 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc.config import cacheable_dtype
-from tqc.passes.finders.attention import Attention
+from tqc.ops import example
 from tqc.passes.finders.cache import CacheWrite
-from tqc.passes.graph import calls, value
+from tqc.passes.finders.site import Attention
+from tqc.passes.graph import calls
 
 _RESHAPE = ("view", "reshape", torch.reshape)
 _FULL = slice(None, None, None)
@@ -42,7 +43,7 @@ def find_value_projection(attention: Attention, write: CacheWrite) -> Projection
     if not calls(split, *_RESHAPE) or not _merges_heads(split.args[0], split):
         return f"the values come from {_name(split)}"
     source = linear = split.args[0]
-    start, stop = 0, value(source).shape[-1]
+    start, stop = 0, example(source).shape[-1]
     if part := _features(source):  # one layer for queries, keys and values
         linear, (start, stop) = source.args[0], part
         for other in _readers(linear):
@@ -71,7 +72,7 @@ def find_output_projection(attention: Attention) -> Projection | str:
         if not fits(readers[0]):
             return f"the output goes to {_name(readers[0])}"
         node = readers[0]
-    return _why_not_weights(weights_of(node)[:1]) or Projection(node, 0, value(node.args[0]).shape[-1])
+    return _why_not_weights(weights_of(node)[:1]) or Projection(node, 0, example(node.args[0]).shape[-1])
 
 
 def weights_of(linear: Node) -> list[Node]:
@@ -85,7 +86,7 @@ def _is_linear(node: Node) -> bool:
 
 def _readers(node: Node) -> list[Node]:
     """Users that see more of `node` than its sizes."""
-    return [user for user in node.users if not isinstance(value(user), (int, torch.SymInt, torch.Size))]
+    return [user for user in node.users if not isinstance(example(user), (int, torch.SymInt, torch.Size))]
 
 
 def _why_read_elsewhere(node: Node, attention: Attention, write: CacheWrite) -> str | None:
@@ -104,8 +105,8 @@ def _why_not_weights(weights: list[Node]) -> str | None:
     for weight in weights:
         if weight.op == "get_attr":
             held = operator.attrgetter(str(weight.target))(weight.graph.owning_module)
-        elif weight.op == "placeholder" and isinstance(value(weight), torch.nn.Parameter):
-            held = value(weight)
+        elif weight.op == "placeholder" and isinstance(example(weight), torch.nn.Parameter):
+            held = example(weight)
         else:
             return f"a weight is no parameter but comes from {_name(weight)}"
         if not isinstance(held, Tensor) or not cacheable_dtype(held.dtype):
@@ -122,7 +123,7 @@ def _strip(node: Node) -> Node:
 def _changes_nothing(node: Node) -> bool:
     """Whether `node` is what it was made from, or a copy."""
     if calls(node, *_RESHAPE):
-        before, after = value(node.args[0]).shape, value(node).shape
+        before, after = example(node.args[0]).shape, example(node).shape
         return len(before) == len(after) and all(map(statically_known_true, map(operator.eq, before, after)))
     return calls(node, "contiguous")
 
@@ -130,7 +131,7 @@ def _changes_nothing(node: Node) -> bool:
 def _swaps_heads_and_tokens(node: Node) -> bool:
     """Whether `node` makes [a, c, b, d] of [a, b, c, d]."""
     if calls(node, "transpose", torch.transpose):
-        return value(node).dim() == 4 and {dim % 4 for dim in node.args[1:]} == {1, 2}
+        return example(node).dim() == 4 and {dim % 4 for dim in node.args[1:]} == {1, 2}
     if calls(node, "permute", torch.permute):
         order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
         return [dim % 4 for dim in order] == [0, 2, 1, 3]
@@ -139,9 +140,9 @@ def _swaps_heads_and_tokens(node: Node) -> bool:
 
 def _merges_heads(flat: Node, split: Node) -> bool:
     """Whether these are the same vectors, [batch, tokens, heads * head_dim] and [batch, tokens, heads, head_dim]."""
-    if value(flat).dim() != 3 or value(split).dim() != 4:
+    if example(flat).dim() != 3 or example(split).dim() != 4:
         return False
-    (batch, tokens, features), (*outer, heads, head_dim) = value(flat).shape, value(split).shape
+    (batch, tokens, features), (*outer, heads, head_dim) = example(flat).shape, example(split).shape
     same = statically_known_true(batch == outer[0]) and statically_known_true(tokens == outer[1])
     return same and isinstance(features, int) and features == heads * head_dim
 
@@ -153,7 +154,7 @@ def _features(node: Node) -> tuple[int, int] | None:
     *others, last = node.args[1]
     if others not in ([Ellipsis], [_FULL, _FULL]) or not isinstance(last, slice) or last.step not in (None, 1):
         return None
-    start, stop, _ = last.indices(value(node.args[0]).shape[-1])
+    start, stop, _ = last.indices(example(node.args[0]).shape[-1])
     return start, stop
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+import operator
 
-from tqc.execute import calls as runtime
-from tqc.passes.edit import erase_unused, set_value
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from tqc import ops
+from tqc.ops import example
+from tqc.passes.edit import insert, size, update_input
 from tqc.passes.finders.cache import CacheWrite
-from tqc.passes.graph import value
 from tqc.passes.plan import PACK, Plan, Site
 
 
@@ -24,7 +27,7 @@ def pack_cache(gm: GraphModule, plan: Plan) -> int:
 
     A cache that holds dense tokens already (`cat([past, key])`) is packed whole: attention reads it dense this once.
     So is a preallocated one that starts in this graph (`zeros`, then `index_copy_`). One that the caller allocated is
-    left to `adopt`, which turns the caller's tensor itself into a packed one behind its last dense use.
+    packed by `adopt` behind its last dense use, and `update` says so at the end of the graph.
     """
     sites = plan.with_action(PACK)
     packed: dict[Node, Node] = {}
@@ -43,41 +46,35 @@ def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str) -> Node:
     dense = write.node if write.kind == "grow" and write.past is not None else write.new
     assert dense is not None
     # Right behind the attention, so that the dense keys and values of a layer can go before the next one runs.
-    with gm.graph.inserting_after(site.attention.output):
-        if write.kind == "write":
-            args = (dense, write.positions, value(write.past).shape[2], spec, site.provider)
-            packed = gm.graph.call_function(runtime.pack_at, args)
-        else:
-            packed = gm.graph.call_function(runtime.pack, (dense, spec, site.provider))
-    set_value(packed, value(write.node))
-    write.node.replace_all_uses_with(packed, delete_user_cb=lambda user: user.op == "output")
-    if write.operation is not None:
-        write.operation.replace_all_uses_with(packed, delete_user_cb=lambda user: user.op == "output")
-    elif dense is not write.node:
+    with gm.graph.inserting_before(site.attention.output.next):
+        where = (write.positions, size(gm.graph, write.past, 2)) if write.kind == "write" else ()
+        packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where))
+    for source in filter(None, (write.node, write.operation)):
+        source.replace_all_uses_with(packed, lambda user: user.op == "output")
+    if write.kind == "grow" and dense is not write.node:
         write.node.replace_all_uses_with(dense)
-        erase_unused(write.node)
     return packed
 
 
 def _adopt(gm: GraphModule, site: Site) -> None:
     key, val = site.key, site.value
-    assert key and val
-    with gm.graph.inserting_after(site.attention.output):
-        count = value(key.new).shape[2]
-        if not isinstance(count, int):
-            count = gm.graph.call_method("size", (key.new, 2))
-            set_value(count, value(key.new).shape[2])
-    with gm.graph.inserting_after(count if isinstance(count, Node) else site.attention.output):
+    assert key and val and key.past and val.past
+    with gm.graph.inserting_before(site.attention.output.next):
+        count = size(gm.graph, key.new, 2)
         mask = None if key.prefix is not None else _mask_of_columns(site)
         specs = (str(site.k_fmt), str(site.v_fmt))
-        gm.graph.call_function(
-            runtime.adopt,
-            (key.past, val.past, key.positions, count, key.counted, mask, *specs, site.provider),
-        )
+        operands = (key.past, val.past, key.positions, count, mask, *specs, key.counted)
+        adopted = site.mark(insert(gm.graph, ops.adopt, *operands))
+        parts = [insert(gm.graph, operator.getitem, adopted, index) for index in (0, 1)]
+    for write, part in zip((key, val), parts, strict=True):
+        for source in filter(None, (write.past, write.operation)):
+            source.replace_all_uses_with(part, lambda user: user.op == "output")
+        update_input(write.past, part)
 
 
 def _mask_of_columns(site: Site) -> Node:
     """The mask that says which columns of the preallocated cache are visible."""
     assert site.key
-    capacity = value(site.key.past).shape[2]
-    return next(mask.node for mask in site.attention.masks if value(mask.node).shape[-1] == capacity)
+    capacity = example(site.key.past).shape[2]
+    masks = (mask.node for mask in site.attention.masks)
+    return next(mask for mask in masks if statically_known_true(example(mask).shape[-1] == capacity))

@@ -1,44 +1,93 @@
-"""Pass: whatever still reads a packed cache as if it were dense gets dense values."""
+"""Pass: whatever still reads or writes a packed cache as if it were dense gets dense tokens."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.fx import GraphModule
+import torch
+from torch.fx import GraphModule, Node
 
-from tqc.cache.packed_tensor import PackedTensor
-from tqc.execute import calls as runtime
-from tqc.passes.edit import set_value
-from tqc.passes.graph import is_packed, value, writers
+from tqc import ops
+from tqc.ops import Op, example, is_packed
+from tqc.passes.edit import insert, update_input
+from tqc.passes.finders.cache import CacheWrite, find_write
+from tqc.passes.graph import MEASURES, is_in_place, writers
 from tqc.passes.plan import Plan
 
 
 def read_cache(gm: GraphModule, plan: Plan) -> int:
-    """Decode each packed input that an op other than ours reads.
+    """Decode each packed cache that a torch op reads.
 
     Before:
         y = some_op(k_cache)
     After:
         dense = read(k_cache); y = some_op(dense)
 
+    One that is written in place along its length becomes a `write`; one that is written in any other way is decoded for
+    the whole graph and packed anew at its end.
+
     Must run last: the other passes turn reads into fused ones. The sites where this happens are correct but slow, and
-    the plan says why they were not understood. A write in place stays, and what comes behind it reads anew.
+    the plan says why they were not understood.
     """
-    count = 0
-    provider = next((site.provider for site in plan.sites if site.provider), "reference")
-    for node in list(gm.graph.nodes):
-        if node.op != "placeholder" or not is_packed(node):
-            continue
-        example: PackedTensor = value(node)
-        writes = writers(node)
-        users = [user for user in node.users if isinstance(value(user), Tensor) and user.target not in runtime.BOUNDARY]
-        dense = None
-        for user in users:
-            if user in writes or user.op == "output":
-                continue
-            if dense is None or writes:
-                with gm.graph.inserting_before(user):
-                    dense = gm.graph.call_function(runtime.read, (node, provider))
-                set_value(dense, example.new_empty(example.shape))
-            user.replace_input_with(node, dense)
-        count += dense is not None
-    return count
+    caches = [node for node in gm.graph.nodes if is_packed(node) and not is_in_place(node) and _torch_users(node)]
+    for cache in caches:
+        written = writers(cache)
+        write = find_write(cache, written, None) if written else None
+        if isinstance(write, CacheWrite) and write.operation and isinstance(example(cache).length, int):
+            _write(gm, write, write.operation)
+        elif written:
+            _decode_for_good(gm, cache)
+        else:
+            _read(gm, cache)
+    return len(caches)
+
+
+def _torch_users(cache: Node) -> list[Node]:
+    """Those that are more than a question about its shape, in graph order."""
+    users = {user for user in cache.users if not isinstance(user.target, Op) and user.op != "output"}
+    return [node for node in cache.graph.nodes if node in users and not isinstance(example(node), MEASURES)]
+
+
+def _read(gm: GraphModule, cache: Node) -> None:
+    users = _torch_users(cache)
+    consumers = {user for user in cache.users if isinstance(user.target, Op) and user.target.consumes}
+    first = next(node for node in gm.graph.nodes if node is users[0] or node in consumers)
+    with gm.graph.inserting_before(first):
+        dense = insert(gm.graph, ops.read, cache)
+    for user in users:
+        user.replace_input_with(cache, dense)
+
+
+def _write(gm: GraphModule, write: CacheWrite, operation: Node) -> None:
+    cache = write.past
+    assert cache
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    behind = [user for user in (*_torch_users(cache), *operation.users) if order[user] > order[operation]]
+    with gm.graph.inserting_before(operation):
+        # Nobody knows who looks at what lies behind the new tokens.
+        shown = insert(gm.graph, torch.ones, (1, example(cache).length), dtype=torch.bool, device=example(cache).device)
+        new = insert(gm.graph, ops.write, cache, _folded(cache, write.new), write.positions, shown, write.counted)
+    for user in behind:
+        for source in (cache, operation):
+            user.replace_input_with(source, new)
+    gm.graph.erase_node(operation)
+    update_input(cache, new)
+    for left in (cache, new):
+        if _torch_users(left):
+            _read(gm, left)
+
+
+def _folded(cache: Node, dense: Node) -> Node:
+    """Tokens as the cache takes them."""
+    fmt = example(cache).fmt
+    return insert(cache.graph, ops.fold, dense, fmt.spec) if fmt.folded else dense
+
+
+def _decode_for_good(gm: GraphModule, cache: Node) -> None:
+    users = _torch_users(cache)
+    with gm.graph.inserting_before(users[0]):
+        dense = insert(gm.graph, ops.read, cache)
+    for user in users:
+        user.replace_input_with(cache, dense)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        packed = insert(gm.graph, ops.pack, _folded(cache, dense), example(cache).fmt.spec)
+    cache.replace_all_uses_with(packed, lambda user: user.op == "output")
+    update_input(cache, packed)

@@ -24,8 +24,7 @@ from tests.lowering.common import (
     make_store,
 )
 from tqc.format import PackedFormat
-from tqc.lowering import cpu
-from tqc.lowering.cpu import build
+from tqc.lowering.cpu import PROVIDER, build, kernels, supports
 from tqc.ops import planes as ops
 
 LEVELS = [name for name, needs in build.LEVELS.items() if needs.keys() <= build.cpu_features()]
@@ -41,7 +40,7 @@ formats = st.builds(
     folded=st.booleans(),
 )
 
-if reason := cpu.supported():
+if reason := PROVIDER.unavailable():
     pytest.skip(f"the CPU provider does not run here: {reason}", allow_module_level=True)
 
 
@@ -58,12 +57,12 @@ def one_thread():
 def provider(request, monkeypatch):
     """The provider at one level, its products of integers off: they are tested by their error."""
     monkeypatch.setenv("TQC_CPU_LEVEL", request.param)
-    kernels = cpu._kernels()
-    kernels.use_int8(False)
-    yield cpu
-    kernels.use_int8(True)
+    module = kernels.loaded()
+    module.use_int8(False)
+    yield kernels
+    module.use_int8(True)
     monkeypatch.undo()
-    cpu._kernels()
+    kernels.loaded()
 
 
 @given(data=st.data())
@@ -168,8 +167,8 @@ def test_a_vector_that_is_not_finite_spoils_its_head_alone(provider, what, bad):
     else:
         given["key"][0, 1, 0, 0] = bad
     for int8 in (False, True):
-        cpu._kernels().use_int8(int8)
-        actual, _ = provider.attend(**given)
+        kernels.loaded().use_int8(int8)
+        actual, _ = provider.attend(*given.values())
         expected, _ = ops.attend(**given)
         assert torch.equal(actual.isfinite().all(-1), expected.isfinite().all(-1))
         compare(actual[:, :4], expected[:, :4], torch.bfloat16)
@@ -196,11 +195,11 @@ def run_python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
 
 
-SUPPORTED = "from tqc.lowering import cpu; print(cpu.supported())"
+UNAVAILABLE = "from tqc.lowering.cpu import PROVIDER; print(PROVIDER.unavailable())"
 
 
 def test_without_a_compiler_it_says_so(tmp_path):
-    done = run_python(SUPPORTED, PATH=str(tmp_path), CXX="", TQC_CACHE_DIR=str(tmp_path / "cache"))
+    done = run_python(UNAVAILABLE, PATH=str(tmp_path), CXX="", TQC_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in done.stdout
 
@@ -209,32 +208,78 @@ def test_a_failed_build_shows_the_compilers_last_lines(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\ncase "$1" in --version) echo one;; *) echo "error: no memory" >&2; exit 1;; esac\n')
     compiler.chmod(0o700)
-    done = run_python(SUPPORTED, CXX=str(compiler), TQC_CACHE_DIR=str(tmp_path / "cache"))
+    done = run_python(UNAVAILABLE, CXX=str(compiler), TQC_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "error: no memory" in done.stdout
     assert not [name for name in os.listdir(tmp_path / "cache")]
 
 
+@pytest.fixture
+def copying_compiler(tmp_path, monkeypatch):
+    """A cache of its own, and a compiler that copies what is built already and counts its calls."""
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    compiler.write_text(
+        'if [ "$1" = --version ]; then echo one; exit; fi\n'
+        f'echo call >> {calls}\nfor last; do :; done\ncp {build.built("scalar")} "$last"\n'
+    )
+    monkeypatch.setenv("TQC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", f"sh '{compiler}'")
+    return lambda: len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_what_is_built_needs_no_compiler(copying_compiler, monkeypatch):
+    path = build.built("scalar")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.built("scalar") == path
+    build.load("scalar")
+    with pytest.raises(build.BuildError, match="no-such-compiler not found"):
+        build.built("neon")
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_truncated_file_is_built_anew(copying_compiler, left):
+    path = build.built("scalar")
+    assert build.built("scalar") == path and copying_compiler() == 1
+    path.write_bytes(path.read_bytes()[:left])
+    assert build.built("scalar") == path and copying_compiler() == 2
+    build.load("scalar")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_python(UNAVAILABLE, TQC_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert "cannot use the cache folder" in done.stdout
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+
+
+def test_messages_in_another_encoding(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_bytes(b"#!/bin/sh\nprintf '\\377\\376 broken' >&2; [ \"$1\" = --version ]\n")
+    compiler.chmod(0o700)
+    done = run_python(UNAVAILABLE, CXX=str(compiler), TQC_CACHE_DIR=str(tmp_path / "cache"), PYTHONUTF8="0", LC_ALL="C")
+    assert done.returncode == 0 and "broken" in done.stdout, done.stderr
+
+
 def test_an_unsafe_cache_folder_is_refused(tmp_path):
     tmp_path.chmod(0o777)
-    done = run_python(SUPPORTED, TQC_CACHE_DIR=str(tmp_path))
+    done = run_python(UNAVAILABLE, TQC_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "others may write" in done.stdout
 
 
 def test_a_level_that_is_unknown_is_refused(monkeypatch):
     monkeypatch.setenv("TQC_CPU_LEVEL", "avx1024")
-    assert "must be one of" in cpu.supported()
+    assert "must be one of" in PROVIDER.unavailable()
     monkeypatch.undo()
-    assert cpu.supported() is None
+    assert PROVIDER.unavailable() is None
 
 
-def test_accepts():
+def test_supports():
     fmt = PackedFormat(64, 4, True)
-    assert cpu.accepts(fmt, fmt, torch.bfloat16, "cpu") is None
-    assert "cuda" in cpu.accepts(fmt, fmt, torch.bfloat16, "cuda")
-    assert "float64" in cpu.accepts(fmt, fmt, torch.float64, "cpu")
-    assert "head_dim" in cpu.accepts(PackedFormat(512, 4, True), fmt, torch.float32, "cpu")
+    assert supports(fmt, fmt, torch.bfloat16, "cpu") is None
+    assert "cuda" in supports(fmt, fmt, torch.bfloat16, "cuda")
+    assert "float64" in supports(fmt, fmt, torch.float64, "cpu")
+    assert "head_dim" in supports(PackedFormat(512, 4, True), fmt, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["even", "peaked"])
@@ -248,14 +293,14 @@ def test_products_of_integers_add_little_to_the_formats_own_error(provider, head
     keys, values = (torch.randn(1, 4, 2000, head_dim, generator=generator) for _ in range(2))
     query = torch.randn(1, 16, 16, head_dim, generator=generator) * spread
     k, v = make_store(1, 4, 2000, k_fmt, torch.float32), make_store(1, 4, 2000, v_fmt, torch.float32)
-    cpu.append(*k, keys, None, str(k_fmt))
-    cpu.append(*v, values, None, str(v_fmt))
+    provider.append(*k, keys, None, str(k_fmt))
+    provider.append(*v, values, None, str(v_fmt))
     rest = (None, None, None, None, None, head_dim**-0.5, 0.0, False, str(k_fmt), str(v_fmt))
-    kernels = cpu._kernels()
+    module = kernels.loaded()
     outputs = {}
     for int8 in (False, True):
-        kernels.use_int8(int8)
-        outputs[int8], _ = cpu.attend(query, *k, *v, *rest)
+        module.use_int8(int8)
+        outputs[int8], _ = provider.attend(query, *k, *v, *rest)
     exact = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     check_int8(outputs[True], outputs[False], exact)
     in_float = bits == 8 and provider.level() == "avx2"
@@ -277,7 +322,7 @@ def test_sums_of_int16_products_do_not_overflow(provider, bits, sign):
     rest = (None, None, None, None, None, 1 / 256, 0.0, False, str(fmt), str(fmt))
     outputs = {}
     for integers in (False, True):
-        cpu._kernels().use_int8(integers)
-        outputs[integers], _ = cpu.attend(query, *k, *v, *rest)
+        kernels.loaded().use_int8(integers)
+        outputs[integers], _ = provider.attend(query, *k, *v, *rest)
     assert outputs[False].norm() > 1
     torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=1e-3 * outputs[False].abs().max().item())

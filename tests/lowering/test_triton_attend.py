@@ -13,10 +13,9 @@ from tqc.format import PackedFormat
 from tqc.ops import planes as ops
 
 triton = pytest.importorskip("triton")
-from tqc.lowering import triton as provider  # noqa: E402
-from tqc.lowering.triton import tuning  # noqa: E402
+from tqc.lowering.triton import kernels, tuning  # noqa: E402
 
-check = partial(check_attend, provider.attend)
+check = partial(check_attend, kernels.attend)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +94,7 @@ def test_a_vector_that_is_not_finite_spoils_its_head_alone(triton_device, part):
             f"{part}_{name}": t.to(triton_device) for name, t in zip(("pages", "dense", "state"), store, strict=True)
         }
     check(given)
-    out, _ = provider.attend(**given)
+    out, _ = kernels.attend(**given)
     assert out[:, :2].isfinite().all() and out[0, 2].isnan().all()
 
 
@@ -104,7 +103,7 @@ def test_keys_and_values_that_disagree_give_nans(triton_device):
     given["v_state"] = given["v_state"] - torch.tensor([1, 0], device=triton_device)
     with pytest.raises(ValueError, match="agree"):
         ops.attend(**given)
-    assert provider.attend(**given)[0].isnan().all()
+    assert kernels.attend(**given)[0].isnan().all()
     check(given | {"start": torch.tensor([69], device=triton_device)})
 
 
@@ -129,7 +128,7 @@ def test_pages_in_any_order(triton_device, rows):
     query, key, value = (torch.randn(3, h, rows, 32, generator=generator).half() for h in (4, 2, 2))
     # What lies behind the packed tokens is not looked up.
     table[1] = -(2**30)
-    out, lse = provider.attend_paged(
+    out, lse = kernels.attend_paged(
         query.to(triton_device),
         pools[0],
         denses[0],
@@ -161,7 +160,7 @@ def test_read(triton_device, bits):
     fmt = PackedFormat(head_dim, bits, bits != 4, bits % 2 * 4, 32, rotation="haar" if bits == 5 else "hadamard")
     store = filled(1, 2, 100, fmt, dtype, device=triton_device)
     for length in (0, 2, 50, 100, 107):
-        actual = provider.read(*store, length, str(fmt))
+        actual = kernels.read(*store, length, str(fmt))
         assert actual.dtype == dtype and actual.is_contiguous()
         compare(actual, ops.read(*store, length, str(fmt)), dtype)
 
@@ -169,29 +168,14 @@ def test_read(triton_device, bits):
 def test_arguments_that_do_not_fit_are_refused(triton_device):
     given = arguments(*formats(3, 3, 32), 10, triton_device)
     with pytest.raises(ValueError, match="both be given"):
-        provider.attend(**given | {"value": None})
+        kernels.attend(**given | {"value": None})
     with pytest.raises(TypeError, match="float16, got torch.float32"):
-        provider.attend(**given | {"query": given["query"].float()})
+        kernels.attend(**given | {"query": given["query"].float()})
     with pytest.raises(ValueError, match="one sink_tokens and residual_window"):
-        provider.attend(**given | {"v_spec": str(PackedFormat(32, 3, False, 4, 64))})
+        kernels.attend(**given | {"v_spec": str(PackedFormat(32, 3, False, 4, 64))})
     with pytest.raises(ValueError, match="page_table"):
-        provider.attend_paged(
+        kernels.attend_paged(
             given["query"], *[given[name] for name in ("k_pages", "k_dense", "v_pages", "v_dense")],
             torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), None, None,
             given["k_spec"], given["v_spec"], scale=1.0,
         )  # fmt: skip
-
-
-def test_accepts():
-    fmt = PackedFormat(64, 4, True)
-    assert provider.accepts(fmt, fmt, torch.bfloat16, "cuda") is None
-    assert "cpu" in provider.accepts(fmt, fmt, torch.bfloat16, "cpu")
-    assert "float64" in provider.accepts(fmt, fmt, torch.float64, "cuda")
-    assert "head_dim" in provider.accepts(fmt, PackedFormat(512, 4, True), torch.float32, "cuda")
-    assert "head_dim" in provider.accepts(PackedFormat(8, 4, True), fmt, torch.float32, "cuda")
-    assert "residual_window" in provider.accepts(fmt, PackedFormat(64, 4, True, 4, 96), torch.float32, "cuda")
-
-
-def test_without_a_gpu_it_says_so():
-    assert (provider.supported() is None) == torch.cuda.is_available()
-    assert torch.cuda.is_available() or "CUDA" in provider.supported()

@@ -12,11 +12,8 @@ import torch
 from tqc.format import PackedFormat
 
 pytest.importorskip("triton")
-from tqc.lowering import triton as provider  # noqa: E402
-from tqc.lowering.triton import traced_ops  # noqa: E402
-from tqc.lowering.triton.append import append_tables  # noqa: E402
-from tqc.lowering.triton.attention import attend_tables  # noqa: E402
-from tqc.lowering.triton.read import read_tables  # noqa: E402
+from tqc.lowering.triton import PROVIDER, kernels, traced_ops  # noqa: E402
+from tqc.lowering.triton.tables import append_tables, attend_tables, read_tables  # noqa: E402
 
 K_FMT, V_FMT = (PackedFormat(64, bits, bits == 4, residual_window=32) for bits in (4, 2))
 CACHE = sorted(f"{side}_{part}" for side in "kv" for part in ("pages", "dense", "state"))
@@ -29,7 +26,7 @@ def store(fmt, device, tokens=80):
         torch.zeros(1, 2, fmt.dense_rows, 64, device=device),
         torch.zeros(2, dtype=torch.int64, device=device),
     ]
-    provider.append(*parts, torch.randn(1, 2, tokens, 64).to(device), None, fmt.spec)
+    kernels.append(*parts, torch.randn(1, 2, tokens, 64).to(device), None, fmt.spec)
     return parts
 
 
@@ -42,12 +39,12 @@ def test_they_compute_what_the_functions_do(triton_device):
     specs, start = (K_FMT.spec, V_FMT.spec), torch.tensor([80], device=device)
     rest = (key, value, None, None, start, 0.125, 0.0, False, *specs)
     actual = ops.attend(query, *k, *v, *rest, attend_tables(*specs, torch.float32, device))
-    for ours, theirs in zip(actual, provider.attend(query, *k, *v, *rest), strict=True):
+    for ours, theirs in zip(actual, kernels.attend(query, *k, *v, *rest), strict=True):
         assert torch.equal(ours, theirs)
 
     tables = [append_tables(spec, torch.float32, device) for spec in specs]
     expected = [part.clone() for part in (*k, *v)]
-    provider.append_pair(*expected[:3], key, *expected[3:], value, start, *specs)
+    kernels.append_pair(*expected[:3], key, *expected[3:], value, start, *specs)
     ops.append_pair(*k, key, *v, value, start, *specs, [*tables[0], *tables[1]])
     for ours, theirs in zip((*k, *v), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -55,7 +52,7 @@ def test_they_compute_what_the_functions_do(triton_device):
     ops.append(*k, key, None, specs[0], tables[0])
     assert k[2].tolist() == [82, 64]
     dense = ops.read(*k, 82, specs[0], read_tables(specs[0], device))
-    assert torch.equal(dense, provider.read(*k, 82, specs[0])) and torch.equal(dense[:, :, 81:], key)
+    assert torch.equal(dense, kernels.read(*k, 82, specs[0])) and torch.equal(dense[:, :, 81:], key)
 
 
 def test_paged(triton_device):
@@ -69,7 +66,7 @@ def test_paged(triton_device):
     stored = (query, pools[0], k[1], pools[1], v[1], table, lengths, None, None, *specs)
     tables = attend_tables(*specs, torch.float32, device)
     actual, _ = ops.attend_paged(*stored, 0.125, 1, None, None, None, 0.0, False, tables)
-    expected, _ = provider.attend(query, *k, *v, None, None, None, None, None, 0.125, 0.0, False, *specs)
+    expected, _ = kernels.attend(query, *k, *v, None, None, None, None, None, 0.125, 0.0, False, *specs)
     torch.testing.assert_close(actual, expected)
 
 
@@ -100,7 +97,7 @@ def test_arguments_that_do_not_fit_are_refused(triton_device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(provider.supported() is not None, reason=f"Triton: {provider.supported()}")
+@pytest.mark.skipif(PROVIDER.unavailable() is not None, reason=f"Triton: {PROVIDER.unavailable()}")
 def test_inductor_runs_them():
     torch.manual_seed(0)
     device, specs = torch.device("cuda"), (K_FMT.spec, V_FMT.spec)
@@ -140,13 +137,13 @@ def test_torch_sees_the_kernels_and_what_they_write(over_cuda):
     assert over_cuda["unfolded"]["launches"] == [
         {"kernel": "attend_kernel", "writes": out},
         {"kernel": "merge_kernel", "writes": out},
-        {"kernel": "_append", "writes": sorted(CACHE)},
+        {"kernel": "append_kernel", "writes": sorted(CACHE)},
     ]
     assert sorted(over_cuda["unfolded"]["outputs"]) == sorted(CACHE), "inputs that the graph changes"
     # They are part of the keys of torch's caches: an op whose kernels it missed would be served stale code.
     assert over_cuda["kernels of ops"] == {
-        "append": ["_append"],
-        "append_pair": ["_append"],
+        "append": ["append_kernel"],
+        "append_pair": ["append_kernel"],
         "read": ["read_kernel"],
         "attend": ["attend_kernel", "merge_kernel"],
         "attend_paged": ["attend_kernel", "merge_kernel"],
@@ -162,7 +159,7 @@ def test_tracers_keep_the_ops(over_cuda, tracer):
 def test_inductor_launches_the_kernels(over_cuda):
     calls = over_cuda["inductor"]["calls"]
     first = calls.index("attend_kernel_0.run")
-    assert calls[first : first + 3] == ["attend_kernel_0.run", "merge_kernel_1.run", "_append_2.run"]
+    assert calls[first : first + 3] == ["attend_kernel_0.run", "merge_kernel_1.run", "append_kernel_2.run"]
     assert all(name.startswith("triton_poi") for name in calls[:first] + calls[first + 3 :])
     # In place: nothing is copied between what the graph makes its cache of and the launch.
     assert len(calls[:first]) == len(CACHE)
@@ -172,7 +169,7 @@ def test_inductor_launches_the_kernels(over_cuda):
 def test_a_step_of_the_runtime_neither_waits_nor_copies(over_cuda):
     """So that it can be recorded: memory for results, views and launches, nothing that the host reads."""
     found = over_cuda["runtime"]
-    assert found["launches"] == ["attend_kernel", "merge_kernel", "_append"]
+    assert found["launches"] == ["attend_kernel", "merge_kernel", "append_kernel"]
     allowed = ("aten.empty.", "aten.transpose.", "aten.detach.", "prim.device")
     assert not [name for name in found["operations"] if not name.startswith(allowed)]
     assert sum(name.startswith("aten.empty.") for name in found["operations"]) == 4

@@ -7,12 +7,12 @@ in for CUDA's, and what Inductor asks about the device is answered here.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +36,10 @@ from compiled import _Driver
 
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import Storage
-from tqc.execute import calls as runtime
+from tqc.execute.instructions import AttendWrite
 from tqc.format import PackedFormat
-from tqc.lowering.triton import traced_ops, tuning
-from tqc.lowering.triton.append import append_tables
-from tqc.lowering.triton.attention import attend_tables
-
-append, attention = (importlib.import_module(f"tqc.lowering.triton.{name}") for name in ("append", "attention"))
+from tqc.lowering.triton import PROVIDER, kernels, traced_ops, tuning
+from tqc.lowering.triton.tables import append_tables, attend_tables
 
 ARCH, HEADS, GROUP, CAPACITY, DTYPE = 90, 8, 4, 32768, torch.bfloat16
 K_FMT, V_FMT = PackedFormat(128, 4, True), PackedFormat(128, 2, False)
@@ -199,13 +196,15 @@ def runtime_step() -> dict[str, Any]:
     tables = {SPECS[0]: tuple(rest[10:14]), SPECS[1]: tuple(rest[14:])}
     with (
         mode,
-        mock.patch.object(attention, "attend_tables", lambda *_: tuple(rest[6:10])),
-        mock.patch.object(append, "append_tables", lambda spec, *_: tables[spec]),
+        hopper(),
+        mock.patch("tqc.lowering.triton.attend.attend_tables", lambda *_: tuple(rest[6:10])),
+        mock.patch("tqc.lowering.triton.append.append_tables", lambda spec, *_: tables[spec]),
         mock.patch.object(JITFunction, "run", run),
     ):
         k, v = (PackedTensor(Storage(*rest[at : at + 3], fmt, 0, 0), 4096) for at, fmt in ((0, K_FMT), (3, V_FMT)))
+        step = AttendWrite(replace(PROVIDER, load=lambda: kernels), 0.1, 0.0)
         with _Operations() as operations:
-            runtime.attend_write(query, key, value, k, v, start, True, None, None, 0.1, 0.0, "triton")
+            step(query, key, value, k, v, start, None, None)
         known = [cache.packed_storage._length for cache in (k, v)]
     return {"operations": operations.names, "launches": launched, "lengths known": known}
 
@@ -230,7 +229,9 @@ def inductor() -> dict[str, Any]:
         code = written[0]
         return {
             "calls": [line.strip().split("(")[0] for line in code.splitlines() if ".run(" in line],
-            "compiled": [compile_kernel(code, name) for name in ("attend_kernel_0", "merge_kernel_1", "_append_2")],
+            "compiled": [
+                compile_kernel(code, name) for name in ("attend_kernel_0", "merge_kernel_1", "append_kernel_2")
+            ],
         }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from tqc.execute import calls as runtime
-from tqc.execute import cuda_graphs
-from tqc.lowering import triton as provider
+from tqc.execute import cuda_graphs, instructions
+from tqc.lowering import reference, select
+from tqc.lowering.triton import PROVIDER, kernels
 
 
 class Graph:
@@ -89,7 +90,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(runtime, "_on_host", lambda x: False)
-    monkeypatch.setattr(provider, "supported", lambda: None)
-    monkeypatch.setattr(provider, "accepts", lambda *args: None)
+    monkeypatch.setattr(instructions, "_on_host", lambda x: False)
+    stand_in = replace(PROVIDER, supports=lambda *_: None, load=lambda: kernels)
+    monkeypatch.setattr(select, "providers", lambda: [stand_in, reference.PROVIDER])
     return Graph.made

@@ -15,8 +15,10 @@ import tqc  # noqa: E402
 from tests.models.common import FAMILIES, assert_caches_close, compiled, layers, prompt, run  # noqa: E402
 from tests.models.fake_cuda_graph import fake_cuda  # noqa: E402, F401
 from tqc.config import Config  # noqa: E402
-from tqc.execute import calls as runtime  # noqa: E402
-from tqc.execute import cuda_graphs  # noqa: E402
+from tqc.execute import (
+    cuda_graphs,  # noqa: E402
+    instructions,  # noqa: E402
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_cuda_graphs_gpu.py")
 OPTIONS: dict[str, Any] = {"provider": "triton", "cuda_graphs": True}
@@ -166,7 +168,7 @@ def test_a_recording_that_fails_says_so_and_loses_nothing(
 ) -> None:
     """The host looks at positions, as it does on a CPU: not permitted while recording."""
     model = small()
-    monkeypatch.setattr(runtime, "_on_host", lambda x: True)
+    monkeypatch.setattr(instructions, "_on_host", lambda x: True)
     expected, _ = steps(model, make(model), count=4, cuda_graphs=False)
     cache = make(model)
     with caplog.at_level(logging.WARNING, "tqc"):

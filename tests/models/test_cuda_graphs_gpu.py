@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 from tests.models.common import FAMILIES, dense, layers, prompt, run  # noqa: E402
 from tqc import report  # noqa: E402
 from tqc.execute import cuda_graphs  # noqa: E402
-from tqc.lowering import triton as provider  # noqa: E402
+from tqc.lowering.triton import PROVIDER  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(provider.supported() is not None, reason=f"Triton: {provider.supported()}"),
+    pytest.mark.skipif(PROVIDER.unavailable() is not None, reason=f"Triton: {PROVIDER.unavailable()}"),
 ]
 PROMPT, STEPS = 80, 40
 

@@ -17,7 +17,7 @@ from tests.common import OPTIONS
 from tests.models.common import FAMILIES, assert_caches_close, assert_close, compiled, layers, prompt, run
 from tests.passes.common import notes
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.execute import folded_weights, regions
+from tqc.execute import folded_weights, split_graph
 from tqc.passes.plan import DENSE, FUSE, PACK, Plan
 
 
@@ -150,7 +150,7 @@ def test_folded_weights_are_shared_by_graphs_and_go_with_their_weights() -> None
     _, cache, _ = decode(model, fold_values=True)
     made = folded_weights._folded.keys() - before
     assert len(made) == 4
-    weight, how = model.model.layers[0].self_attn.v_proj.weight, (0, 0, 32, str(layers(cache)[0].values.fmt))
+    weight, how = model.model.layers[0].self_attn.v_proj.weight, (str(layers(cache)[0].values.fmt), 0, 0, 32)
     first, second = (folded_weights.folded_weights([weight], [how], anew=False) for _ in range(2))
     assert first[0] is second[0] is folded_weights._folded[id(weight), how].folded
     del model, weight, cache
@@ -163,7 +163,7 @@ def test_regions_are_still_shared(llama: Any, monkeypatch: pytest.MonkeyPatch) -
     found: dict[bool, list[int]] = {}
     for on in (False, True):
         kinds = found[on] = []
-        split = regions.split
+        split = split_graph.split
 
         def count(gm: Any, split: Any = split, kinds: list[int] = kinds) -> Any:
             result = split(gm)
@@ -171,7 +171,7 @@ def test_regions_are_still_shared(llama: Any, monkeypatch: pytest.MonkeyPatch) -
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(regions, "split", count)
+            patch.setattr(split_graph, "split", count)
             decode(FAMILIES["llama"].build("sdpa", num_hidden_layers=5), fold_values=on)
     assert found[True] == found[False]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch import Tensor, nn
 
 import tqc
 from tests.passes.common import OPTIONS, compiled, notes
-from tqc import lowering
+from tqc import ops
 from tqc.cache.packed_tensor import pack
 from tqc.config import Config
-from tqc.execute import calls as runtime
 from tqc.format.quantizer import fold
-from tqc.lowering import reference
+from tqc.lowering import reference, select
 from tqc.passes import rewrite
 from tqc.passes.plan import FUSE, PACK
 
@@ -200,7 +200,7 @@ def test_weights_that_the_graph_owns_are_replaced() -> None:
         actual = torch.compile(block, backend=backend)(hidden(80), empty(), empty())
     ((gm, plan),) = graphs
     assert plan.rewritten["fold_rotation"] == 1 and actual[2].fmt.folded
-    assert not any(node.target is runtime.folded_weights for node in gm.graph.nodes)
+    assert not any(node.target is ops.fold for node in gm.graph.nodes)
     linears = [node for node in gm.graph.nodes if node.target is F.linear]
     assert sum(str(node.args[1].target).startswith("_folded") for node in linears) == 2
     assert not any(node.target is operator.getitem and "own" in str(node.args[0]) for node in gm.graph.nodes)
@@ -210,7 +210,8 @@ def test_weights_that_the_graph_owns_are_replaced() -> None:
 def test_a_provider_that_knows_nothing_of_it_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     k_fmt, v_fmt = Config.from_options(OPTIONS).formats(HEAD_DIM, HEAD_DIM)
     folded = tqc.format.PackedFormat.parse(f"{v_fmt}:folded")
-    monkeypatch.delattr(reference, "FOLDED")
-    assert lowering.choose(k_fmt, v_fmt, torch.float32, "cpu", "reference")[0] == "reference"
+    plain = dataclasses.replace(reference.PROVIDER, folded=False)
+    monkeypatch.setattr(select, "providers", lambda: [plain])
+    assert select.choose(k_fmt, v_fmt, torch.float32, "cpu", "reference")[0] is plain
     with pytest.raises(ValueError, match="takes no folded values"):
-        lowering.choose(k_fmt, folded, torch.float32, "cpu", "reference")
+        select.choose(k_fmt, folded, torch.float32, "cpu", "reference")

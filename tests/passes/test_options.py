@@ -30,11 +30,12 @@ def test_debug_dir_shows_each_pass(llama: Any, tmp_path: Path) -> None:
     with compiled(llama, debug_dir=str(tmp_path / "graphs")):
         run(llama, prompt(1, 81), DynamicCache(config=llama.config))
     texts = {file.name: file.read_text() for file in (tmp_path / "graphs").iterdir()}
-    before = [text for name, text in texts.items() if "fuse_attention.before" in name]
-    after = [text for name, text in texts.items() if "fuse_attention.after" in name]
-    assert len(before) == len(after) == 2
-    assert all("scaled_dot_product_attention" in text and "attend_extend" not in text for text in before)
-    assert sum("attend_extend" in text for text in after) == 1
+    traced = [text for name, text in texts.items() if name.endswith(".traced.txt")]
+    fused = [text for name, text in texts.items() if name.endswith(".fuse_attention.txt")]
+    assert len(traced) == 2 and len(fused) == 1
+    assert all("scaled_dot_product_attention" in text and "tqai." not in text for text in traced)
+    assert "tqai.attend" in fused[0] and "tqai.extend" in fused[0]
+    assert "scaled_dot_product_attention" not in fused[0]
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,12 @@ from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import Storage
 from tqc.config import cacheable_dtype
 from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.torch_private import LAYER_COUNTERS, fill_layer, layer_counters, new_layer
 
 FILE_VERSION = 1
 # A preallocated cache states its capacity; no more tokens than this are believed.
 MAX_TOKENS = 1 << 24
 
-# The kinds of layers that are saved, with the numbers that each holds beside its keys and values.
-LAYER_KINDS: dict[str, tuple[str, ...]] = {
-    "DynamicLayer": (),
-    "DynamicSlidingWindowLayer": ("sliding_window", "cumulative_length", "record_past"),
-    "StaticLayer": ("max_cache_len", "cumulative_length"),
-    "StaticSlidingWindowLayer": ("max_cache_len", "cumulative_length", "cumulative_length_int"),
-    "DummyLayer": (),
-}
 CACHE_KINDS = ("DynamicCache", "StaticCache")
 DENSE_DTYPES = {
     "F64": torch.float64,
@@ -82,14 +75,19 @@ class CacheFile:
         if kind not in CACHE_KINDS:
             raise CacheFileError(f"holds a cache of unknown kind {kind!r}")
         grows = _field(found, "grows", bool, f"{prefix}cache")
+        if grows and kind != "DynamicCache":
+            raise CacheFileError(f"has malformed metadata: a {kind} does not grow")
         builders = [self.layer(layer, f"{prefix}layers.{i}") for i, layer in enumerate(layers)]
         return lambda: _new_cache(kind, grows, [build() for build in builders])
 
     def layer(self, found: Any, name: str) -> Callable[[], Any]:
         kind = _field(found, "kind", str, name)
-        if kind not in LAYER_KINDS:
+        if kind not in LAYER_COUNTERS:
             raise CacheFileError(f"has a layer of unknown kind: {name} is a {kind!r}")
-        numbers = {attribute: _count(found, attribute, name) for attribute in LAYER_KINDS[kind]}
+        try:
+            numbers = {attribute: _count(found, attribute, name) for attribute in layer_counters(kind)}
+        except AttributeError:
+            raise CacheFileError(f"has a layer that this transformers lacks: {name} is a {kind!r}") from None
         keys, values = (
             self.tensor(found.get("keys"), f"{name}.keys"),
             self.tensor(found.get("values"), f"{name}.values"),
@@ -98,9 +96,9 @@ class CacheFile:
             raise CacheFileError(f"has only one of keys and values for {name}")
         if keys is not None and values is not None:
             _check_layer(kind, numbers, keys, values, name)
-        elif kind.startswith("Static") and any(numbers[n] for n in LAYER_KINDS[kind][1:]):
+        elif kind.startswith("Static") and any(numbers[n] for n in numbers if n != "max_cache_len"):
             raise CacheFileError(f"counts tokens in {name}, which has no keys")
-        return lambda: _new_layer(kind, numbers, keys and keys.read(), values and values.read(), self.device)
+        return lambda: _new_layer(kind, numbers, keys and keys.read(), values and values.read())
 
     def tensor(self, found: Any, name: str) -> _Part | None:
         if found is None:
@@ -178,7 +176,7 @@ def _check_layer(kind: str, numbers: dict[str, int], keys: _Part, values: _Part,
         raise CacheFileError(f"has keys of shape {keys.shape} in {name}, not [batch, heads, length, head_dim]")
     length = keys.shape[2]
     if kind.startswith("Static"):
-        if length != numbers["max_cache_len"] or numbers["cumulative_length"] > length:
+        if length != numbers["max_cache_len"] or numbers.get("cumulative_length", 0) > length:
             raise CacheFileError(f"has keys for {length} tokens in {name}, which states {numbers}")
         return
     if any(part.stored not in (None, length) for part in (keys, values)):
@@ -189,32 +187,26 @@ def _check_layer(kind: str, numbers: dict[str, int], keys: _Part, values: _Part,
 
 def _new_cache(kind: str, grows: bool, layers: list[Any]) -> Any:
     module = _transformers()
-    cache = object.__new__(getattr(module, kind))
-    module.Cache.__init__(cache, layers=layers)
-    cache.layer_class_to_replicate = module.DynamicLayer if grows else None
+    if grows:
+        cache = module.DynamicCache()
+        cache.layers = layers
+    else:
+        cache = object.__new__(getattr(module, kind))
+        module.Cache.__init__(cache, layers=layers)
     return cache
 
 
-def _new_layer(kind: str, numbers: dict[str, int], keys: Any, values: Any, device: torch.device) -> Any:
-    sizes = {name: numbers[name] for name in ("sliding_window", "max_cache_len") if name in numbers}
-    if kind == "StaticSlidingWindowLayer":
-        sizes["sliding_window"] = numbers["max_cache_len"]
-    layer = getattr(_transformers(), kind)(**sizes)
+def _new_layer(kind: str, numbers: dict[str, int], keys: Any, values: Any) -> Any:
+    layer = new_layer(kind, numbers)
     for name, number in numbers.items():
         now = getattr(layer, name)
         setattr(layer, name, torch.tensor(number) if isinstance(now, Tensor) else type(now)(number))
     if keys is None:
         return layer
-    layer.keys, layer.values = keys, values
-    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-    if kind == "DynamicSlidingWindowLayer":
-        layer._sliding_window_tensor = layer._sliding_window_tensor.to(device)
+    fill_layer(layer, keys, values)
     if kind.startswith("Static"):
-        layer.batch_size, layer.num_heads = keys.shape[:2]
-        layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
-        layer.cumulative_length = layer.cumulative_length.to(device)
-        for tensor in (keys, values, layer.cumulative_length):
-            if not isinstance(tensor, PackedTensor):
+        for tensor in (keys, values, getattr(layer, "cumulative_length", None)):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, PackedTensor):
                 torch._dynamo.mark_static_address(tensor)
     return layer
 

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.cache.file import CACHE_KINDS, DENSE_DTYPES, FILE_VERSION, LAYER_KINDS, CacheFile, CacheFileError
+from tqc.cache.file import CACHE_KINDS, DENSE_DTYPES, FILE_VERSION, CacheFile, CacheFileError
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.format import PAGE_TOKENS
+from tqc.torch_private import LAYER_COUNTERS, cache_grows, layer_counters
 
 
 def cache_bytes(cache: Any) -> int:
@@ -36,10 +37,10 @@ def cache_bytes(cache: Any) -> int:
     Args:
         cache: any transformers cache, a module (its buffers), a tensor, or tuples, lists and dicts of such.
     """
-    storages: dict[int, int] = {}
+    storages: dict[tuple[torch.device, int], int] = {}
     for tensor in _held_tensors(cache):
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
+        storages[storage.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -71,7 +72,7 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
             tensors.
 
     Raises:
-        TypeError: for another kind of cache, or a layer of a kind that is not in `LAYER_KINDS`; the message names it.
+        TypeError: for another kind of cache, or a layer of a kind not in `LAYER_COUNTERS`; the message names it.
     """
     from safetensors.torch import save_file
 
@@ -107,14 +108,14 @@ def _describe(cache: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, 
             f"cannot save a {kind}: only {', '.join(CACHE_KINDS)}, EncoderDecoderCache and tuples are saved"
         )
     described = [_describe_layer(layer, f"{prefix}layers.{i}", tensors) for i, layer in enumerate(cache.layers)]
-    return {"kind": kind, "grows": cache.layer_class_to_replicate is not None, "layers": described}
+    return {"kind": kind, "grows": cache_grows(cache), "layers": described}
 
 
 def _describe_layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kind = _kind(layer)
-    if kind not in LAYER_KINDS:
-        raise TypeError(f"cannot save {name}: it is a {kind}, and only {', '.join(LAYER_KINDS)} are saved")
-    numbers = {attribute: int(getattr(layer, attribute)) for attribute in LAYER_KINDS[kind]}
+    if kind not in LAYER_COUNTERS:
+        raise TypeError(f"cannot save {name}: it is a {kind}, and only {', '.join(LAYER_COUNTERS)} are saved")
+    numbers = {attribute: int(getattr(layer, attribute)) for attribute in layer_counters(kind)}
     parts = {part: _describe_tensor(getattr(layer, part), f"{name}.{part}", tensors) for part in ("keys", "values")}
     return {"kind": kind, **numbers, **parts}
 

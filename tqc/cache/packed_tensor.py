@@ -7,16 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
-from tqc.cache.storage import Storage
+from tqc.cache.storage import Appending, Storage
 from tqc.format import PackedFormat
 from tqc.format.quantizer import fold
+from tqc.ops.library import ops as library
+from tqc.torch_private import (
+    FakeTensor,
+    arguments_of,
+    disabled_torch_function,
+    make_wrapper_subclass,
+    no_views,
+    pytree,
+)
 
 aten = torch.ops.aten
 Append = Callable[..., None]
-_NO_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 class PackedTensor(torch.Tensor):
@@ -35,15 +41,13 @@ class PackedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, storage: Storage, length: int) -> PackedTensor:
         batch, heads, _, dim = storage.dense.shape
-        return torch.Tensor._make_wrapper_subclass(
-            cls, (batch, heads, length, dim), dtype=storage.dense.dtype, device=storage.dense.device
-        )
+        return make_wrapper_subclass(cls, (batch, heads, length, dim), storage.dense.dtype, storage.dense.device)
 
     def __init__(self, storage: Storage, length: int) -> None:
         self.packed_storage = storage
         storage.view(self)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function
 
     @property
     def pages(self) -> Tensor:
@@ -72,7 +76,7 @@ class PackedTensor(torch.Tensor):
     # Methods below are overridden where dispatch comes too late: autograd would make the whole tensor the base of each
     # prefix and keep it alive, so that appending to a cropped cache had to copy; `repeat_interleave` decomposes.
     def __getitem__(self, index: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(_NO_VIEWS):
+        with no_views():
             return super().__getitem__(index)
 
     def __setitem__(self, index: Any, new: Any) -> None:
@@ -95,7 +99,7 @@ class PackedTensor(torch.Tensor):
 
     def dequantize(self) -> Tensor:
         """Dense copy, [batch, heads, length, head_dim] in this tensor's dtype."""
-        return torch.ops.tqai.read(self.pages, self.dense, self.state, self.shape[2], self.fmt.spec)
+        return library.read(self.pages, self.dense, self.state, self.shape[2], self.fmt.spec)
 
     def packed_nbytes(self) -> int:
         """Bytes held: codes, scales, centres, sinks, window and spare capacity."""
@@ -129,8 +133,9 @@ class PackedTensor(torch.Tensor):
                 return result
         if func is aten.detach.default:
             return PackedTensor(args[0].packed_storage, args[0].shape[2])
-        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        for argument in func._schema.arguments:
+        arguments = arguments_of(func)
+        named = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+        for argument in arguments:
             written = pytree.tree_leaves(named.get(argument.name)) if argument.is_write else ()
             if any(isinstance(value, PackedTensor) for value in written):
                 raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
@@ -163,27 +168,33 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     return extend(first, fold(torch.cat(rest, dim=2), first.fmt))
 
 
-def extend(past: PackedTensor, new: Tensor, append: Append = torch.ops.tqai.append) -> PackedTensor:
+def extend(past: PackedTensor, new: Tensor, append: Append = library.append) -> PackedTensor:
     """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further.
 
     Here and below, new tokens come as the format holds them: rotated where it is folded.
     """
-    length = past.shape[2]
-    count = new.shape[2]
-    storage = past.packed_storage.writable(length)
-    storage.reserve(length + count)
-    append(storage.pages, storage.dense, storage.state, new, None, storage.fmt.spec)
-    storage.appended(count)
+    length, count = past.shape[2], new.shape[2]
+    storage = past.packed_storage.room_behind(length, count)
+    _append(storage, new, count, None, append)
     return PackedTensor(storage, length + count)
 
 
-def pack(new: Tensor, fmt: PackedFormat, append: Append = torch.ops.tqai.append) -> PackedTensor:
+def pack(new: Tensor, fmt: PackedFormat, append: Append = library.append) -> PackedTensor:
     """Pack dense keys or values, [batch, heads, n, head_dim]."""
+    return PackedTensor(pack_storage(new, fmt, new.shape[2], append), new.shape[2])
+
+
+def pack_storage(new: Tensor, fmt: PackedFormat, tokens: int, append: Append = library.append) -> Storage:
+    """Storage with room for `tokens` tokens that holds those of `new`."""
     batch, heads, count, _ = new.shape
-    storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, count)
-    append(storage.pages, storage.dense, storage.state, new, None, fmt.spec)
-    storage.appended(count)
-    return PackedTensor(storage, count)
+    storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, tokens)
+    _append(storage, new, count, None, append)
+    return storage
+
+
+def _append(storage: Storage, new: Tensor, count: int | None, start: Tensor | None, append: Append) -> None:
+    with Appending((storage,), (count,)):
+        append(storage.pages, storage.dense, storage.state, new, start, storage.fmt.spec)
 
 
 @_handles(aten.slice.Tensor)
@@ -257,8 +268,6 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
     return x
 
 
-def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Append = torch.ops.tqai.append) -> None:
+def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Append = library.append) -> None:
     """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ..."""
-    s = x.packed_storage
-    append(s.pages, s.dense, s.state, new, start, s.fmt.spec)
-    s.written_on_device()
+    _append(x.packed_storage, new, None, start, append)

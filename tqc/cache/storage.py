@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.ops.planes import rewind
-
-if TYPE_CHECKING:
-    from tqc.cache.packed_tensor import PackedTensor
+from tqc.torch_private import mark_dynamic
 
 # Pages are added by 1/128 of what there is, and by at least 1: spare capacity stays below 0.8 % of a long cache, and
 # growing copies 128 tokens' worth of codes for each one that is packed.
@@ -34,7 +33,7 @@ class Storage:
     ) -> None:
         self.pages, self.dense, self.state, self.fmt = pages, dense, state, fmt
         self._length, self._packed = length, packed
-        self._views: list[weakref.ref[PackedTensor]] = []
+        self._views: list[weakref.ref[Tensor]] = []
 
     @classmethod
     def allocate(
@@ -62,14 +61,9 @@ class Storage:
     def _sync(self) -> None:
         self._length, self._packed = self.state.tolist()
 
-    def written_on_device(self) -> None:
-        """Forget the host copy of the state: a kernel wrote at a position that only the device knows."""
+    def forget(self) -> None:
+        """Forget the host copy of the state: a kernel writes, or has written where only the device knows."""
         self._length = self._packed = None
-
-    def appended(self, count: int) -> None:
-        """Advance the host copy of the state after `count` tokens were appended."""
-        self._packed = self.fmt.packed_tokens(self.length + count, self.packed)
-        self._length = self.length + count
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +80,12 @@ class Storage:
         used = self.packed // PAGE_TOKENS
         pages[:, :, :used] = self.pages[:, :, :used]
         self.pages = _dynamic_pages(pages)
+
+    def room_behind(self, length: int, count: int) -> Storage:
+        """The storage to append `count` tokens to behind the first `length`: this one, or a copy if others read on."""
+        storage = self._writable(length)
+        storage.reserve(length + count)
+        return storage
 
     def copy(self, length: int) -> Storage:
         """A storage of its own with the first `length` tokens."""
@@ -115,14 +115,13 @@ class Storage:
         self._length = length
         self.state.copy_(torch.tensor([self._length, self._packed]))
 
-    def view(self, tensor: PackedTensor) -> None:
-        """Remember that `tensor` reads from here."""
+    def view(self, tensor: Tensor) -> None:
+        """Remember that `tensor`, a packed one, reads from here."""
         if len(self._views) > 4:
             self._views = [ref for ref in self._views if ref() is not None]
         self._views.append(weakref.ref(tensor))
 
-    def writable(self, length: int) -> Storage:
-        """The storage to append to behind the first `length` tokens: this one, or a copy if others read further."""
+    def _writable(self, length: int) -> Storage:
         if length == self.length:
             return self
         alive = [tensor for ref in self._views if (tensor := ref()) is not None]
@@ -132,7 +131,39 @@ class Storage:
         return self
 
 
+class Appending:
+    """Tokens on their way into storages that have room for them: the one place where a host copy of a state advances.
+
+        with Appending(storages, counts):
+            ...  # kernels append to each of them
+
+    While kernels write, no host copy is believed; so whatever is raised, and wherever, the state that counts is the one
+    on the device.
+
+    Args:
+        counts: how many tokens each storage gets behind its own; None where only the device knows at which position.
+    """
+
+    __slots__ = ("_storages", "_states")
+
+    def __init__(self, storages: Sequence[Storage], counts: Sequence[int | None]) -> None:
+        self._storages = storages
+        self._states = [
+            (None, None) if count is None else (s.length + count, s.fmt.packed_tokens(s.length + count, s.packed))
+            for s, count in zip(storages, counts, strict=True)
+        ]
+
+    def __enter__(self) -> None:
+        for storage in self._storages:
+            storage.forget()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            for storage, (length, packed) in zip(self._storages, self._states, strict=True):
+                storage._packed, storage._length = packed, length
+
+
 def _dynamic_pages(pages: Tensor) -> Tensor:
     """Tell dynamo that the number of pages varies, so that growth never recompiles."""
-    torch._dynamo.maybe_mark_dynamic(pages, 2)
+    mark_dynamic(pages, 2)
     return pages

@@ -160,6 +160,9 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="Text that the model is traced with.")] = EXPLAIN_PROMPT,
     model: Model = None,
     dtype: Dtype = "auto",
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
@@ -168,13 +171,13 @@ def explain(
         import tqc
 
         status.update("tracing")
-        report = tqc.explain(loaded, **inputs)
+        report = tqc.explain(loaded, **inputs, graphs=graphs)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        from rich import print as rich_print
+        from rich.console import Console
 
-        rich_print(report)
+        Console().print(report, crop=False)  # a line of a graph is as long as it is
 
 
 @app.command("eval")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ def describe() -> dict[str, Any]:
     import torch
 
     from tqc.config import PRESETS, Config
-    from tqc.models import cache_dir
+    from tqc.lowering.select import providers
+    from tqc.torch_private import missing
 
     settings = {}
     for name in PRESETS:
@@ -31,9 +31,10 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": ["cpu"] + [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in PACKAGES},
-        "providers": {name: _unsupported(name) for name in _providers()},
+        "providers": {provider.name: provider.unavailable() for provider in providers()},
+        "missing": missing(),
         "presets": settings,
-        "cache_dir": str(cache_dir()),
+        "cache_dir": _cache_dir(),
     }
 
 
@@ -54,7 +55,12 @@ def tables(facts: dict[str, Any]) -> list[Table]:
     presets = Table("preset", *columns, title="presets")
     for name, settings in facts["presets"].items():
         presets.add_row(name, *(str(settings[column]) for column in columns))
-    return [machine, kernels, presets]
+    if not facts["missing"]:
+        return [machine, kernels, presets]
+    missing = Table("feature", "what is lost", title="not with this torch")
+    for name, reason in facts["missing"].items():
+        missing.add_row(name, reason)
+    return [machine, kernels, missing, presets]
 
 
 def _version(distribution: str) -> str | None:
@@ -64,15 +70,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _providers() -> list[str]:
-    from tqc.config import PROVIDERS
+def _cache_dir() -> str:
+    from tqc.cache_folder import cache_folder
 
-    return [name for name in PROVIDERS if name != "auto"]
-
-
-def _unsupported(provider: str) -> str | None:
-    """Why a provider does not run here, or None if it does."""
     try:
-        return importlib.import_module(f"tqc.lowering.{provider}").supported()
-    except ImportError as error:
+        return str(cache_folder())
+    except OSError as error:
         return str(error)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tqc.cache.io import cache_bytes
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.cache.storage import Storage
+from tqc.cache.storage import Appending, Storage
 from tqc.config import Config
 from tqc.format import PAGE_TOKENS, PackedFormat
 
@@ -241,7 +241,8 @@ def all_in_bits(config: Config, shapes: Sequence[LayerShape], length: int = BITS
             storage = Storage.allocate(1, shape.heads, fmt, torch.bfloat16, torch.device("cpu"), 1)
             for tokens in range(1, length + 1):
                 storage.reserve(tokens)
-                storage.appended(1)
+                with Appending((storage,), (1,)):
+                    pass
             held += storage.nbytes
     return held * 8 / count
 

@@ -12,34 +12,116 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.operator_schemas import normalize_function
+from torch.fx import GraphModule, Node
 
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.cache.storage import Storage
-from tqc.execute import calls as runtime
-from tqc.passes.graph import is_packed, value
+from tqc.cache.storage import Appending, Storage
+from tqc.execute.instructions import AttendExtend, AttendWrite
+from tqc.execute.regions import Region
+from tqc.execute.subgraph import extract, interface
+from tqc.ops import example, is_packed
 
-_ATTENTION = (runtime.attend_extend, runtime.attend_write)
 # One attention alone gains nothing.
 _MIN_ATTENTIONS = 2
+# Tensors of the two caches of an attention: pages, dense and state of keys, then of values.
+_CACHE_PARTS = 6
+ABSENT = -1
+
+
+@dataclass
+class RegionStep:
+    """A compiled region over slots of tensors; `add_region` of the kernels takes these fields.
+
+    Attributes:
+        entry: address of what Inductor's C++ wrapper exports.
+        inputs, outputs: slots that it reads, and those that it fills.
+        last: of each input, whether nobody reads the slot behind this step, so that the region may take it over.
+    """
+
+    kind: ClassVar = "region"
+
+    entry: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    last: tuple[bool, ...] = ()
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.inputs
+
+
+@dataclass
+class AttentionStep:
+    """Attention to caches, and the append of its new tokens; `add_attention` of the kernels takes these fields.
+
+    Attributes:
+        query, key, value, positions, attn_mask, sinks: slots, or ABSENT.
+        caches: first of the slots with the parts of keys and values.
+        out: slot of the output.
+        dead: slots that nobody reads behind this step.
+    """
+
+    kind: ClassVar = "attention"
+
+    query: int
+    key: int
+    value: int
+    positions: int
+    attn_mask: int
+    sinks: int
+    caches: int
+    out: int
+    scale: float
+    softcap: float
+    is_causal: bool
+    dead: tuple[int, ...] = ()
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        slots = (self.query, self.key, self.value, self.positions, self.attn_mask, self.sinks)
+        return tuple(slot for slot in slots if slot != ABSENT)
+
+
+Step = RegionStep | AttentionStep
+_OPERANDS = ("query", "key", "value", "positions", "attn_mask", "sinks")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One attention of a chain: where its caches are among the arguments, and what its node says."""
+    """One attention of a chain: its instruction, which arguments its caches are, and how many tokens it appends."""
 
+    instruction: AttendExtend | AttendWrite
+    operands: dict[str, Any]
     k_cache: int
     v_cache: int
     count: int
-    grows: bool
-    arguments: dict[str, Any]
+
+    @property
+    def grows(self) -> bool:
+        return isinstance(self.instruction, AttendExtend)
+
+
+@dataclass
+class Program:
+    """What a provider runs: steps over numbered slots. Inputs come first, then the parts of each site's caches.
+
+    Attributes:
+        tensors: of the chain's arguments, those that are inputs.
+        returned: what the chain gives back: a slot, or (site, 0 for keys and 1 for values).
+    """
+
+    tensors: list[int] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    returned: list[int | tuple[int, int]] = field(default_factory=list)
+    inputs: int = 0
+    slots: int = 0
 
 
 class Chain(torch.nn.Module):
@@ -55,8 +137,7 @@ class Chain(torch.nn.Module):
 
     def compile_with_provider(self) -> None:
         """Make one call of it, unless a region turned out to have no entry that C++ can call."""
-        regions = [getattr(self.module, node.target) for node in self.module.graph.nodes if node.op == "call_module"]
-        if all(region.entry for region in regions):
+        if all(region.entry for region in self.module.children() if isinstance(region, Region)):
             self.run = CompiledChain(self.module)
 
 
@@ -70,57 +151,16 @@ _with_room.__code__ = _with_room.__code__.replace(co_stacksize=2048)
 
 
 class CompiledChain:
-    """The instructions for a provider's `make_chain`, and what has to be done around a run of them."""
+    """A program as a provider's kernels run it, and what has to be done around a run."""
 
     def __init__(self, module: GraphModule) -> None:
         self.in_python = module.forward
-        self.tensors: list[int] = []
-        self.sites: list[Site] = []
-        self.outputs: list[int | tuple[int, int]] = []
-        nodes = list(module.graph.nodes)
-        slots: dict[Node, Any] = {}
-        for index, node in enumerate(node for node in nodes if node.op == "placeholder"):
-            if is_packed(node):
-                slots[node] = index
-            else:
-                slots[node] = len(self.tensors)
-                self.tensors.append(index)
-        attentions = [node for node in nodes if node.target in _ATTENTION]
-        first_cache = len(self.tensors)
-        inputs = temporary = first_cache + 6 * len(attentions)
-        instructions: list[tuple[Any, ...]] = []
-        for node in nodes:
-            if node.op == "call_module":
-                region = getattr(module, node.target)
-                slots[node] = tuple(range(temporary, temporary + len(region.results)))
-                instructions.append((region.entry, tuple(slots[source] for source in node.args), slots[node]))
-                temporary += len(region.results)
-            elif node.target in _ATTENTION:
-                site = self._add_site(node, slots)
-                caches = first_cache + 6 * (len(self.sites) - 1)
-                given = site.arguments
-                names = ("query", "key", "value", "positions", "attn_mask", "sinks")
-                read = tuple(-1 if given.get(name) is None else slots[given[name]] for name in names)
-                capacity = -1 if site.grows else value(given["k_cache"]).shape[2]
-                how = (given["scale"], given["softcap"], given.get("is_causal", False))
-                instructions.append((read, caches, temporary, capacity, *how))
-                slots[node] = (temporary, *((len(self.sites) - 1, i) for i in (0, 1))) if site.grows else temporary
-                temporary += 1
-            elif node.target is operator.getitem:
-                slots[node] = slots[node.args[0]][node.args[1]]
-            elif node.op == "output":
-                self.outputs = [slots[source] for source in node.args[0]]
-        self.kernels = runtime.provider_module(self.sites[0].arguments["provider"])
-        returned = tuple(slot for slot in self.outputs if isinstance(slot, int))
-        program = tuple(_with_last_uses(instructions, returned))
-        self.chain = self.kernels.make_chain(inputs, temporary, program, returned)
-
-    def _add_site(self, node: Node, slots: dict[Node, Any]) -> Site:
-        arguments = _arguments(node)
-        caches = slots[arguments["k_cache"]], slots[arguments["v_cache"]]
-        grows = node.target is runtime.attend_extend
-        self.sites.append(Site(*caches, value(arguments["key"]).shape[2], grows, arguments))
-        return self.sites[-1]
+        program = assemble(module)
+        self.tensors, self.sites, self.returned = program.tensors, program.sites, program.returned
+        self.counts = [site.count if site.grows else None for site in self.sites for _ in range(2)]
+        self.kernels = self.sites[0].instruction.provider.kernels
+        slots = tuple(slot for slot in self.returned if isinstance(slot, int))
+        self.chain = self.kernels.make_chain(program.inputs, program.slots, program.steps, slots)
 
     def seconds(self) -> tuple[float, float, float]:
         """Spent in regions, in attention and in appending since last asked."""
@@ -138,25 +178,16 @@ class CompiledChain:
         for storage in storages:
             tensors += (storage.pages, storage.dense, storage.state)
         specs = [storage.fmt.spec for storage in storages]
-        in_python = functools.partial(self._attend_in_python, args)
-        try:
-            results = self.kernels.run_chain(self.chain, tensors, specs, in_python)
-        except BaseException:
-            for storage in storages:
-                storage.written_on_device()
-            raise
-        for index, site in enumerate(self.sites):
-            for storage in storages[2 * index : 2 * index + 2]:
-                if site.grows:
-                    storage.appended(site.count)
-                else:
-                    storage.written_on_device()
+        capacities = [ABSENT if site.grows else length for site, length in zip(self.sites, lengths, strict=True)]
+        in_python = functools.partial(self._in_python, args)
+        with Appending(storages, self.counts):
+            results = self.kernels.run_chain(self.chain, tensors, specs, capacities, in_python)
         tensor = iter(results)
         return tuple(
             next(tensor)
             if isinstance(output, int)
             else PackedTensor(storages[2 * output[0] + output[1]], lengths[output[0]] + self.sites[output[0]].count)
-            for output in self.outputs
+            for output in self.returned
         )
 
     def _storages(self, args: tuple[Any, ...]) -> list[Storage]:
@@ -165,46 +196,76 @@ class CompiledChain:
         for site in self.sites:
             for cache in (args[site.k_cache], args[site.v_cache]):
                 storage = cache.packed_storage
-                if site.grows:
-                    length = cache.shape[2]
-                    storage = storage.writable(length)
-                    storage.reserve(length + site.count)
-                storages.append(storage)
+                storages.append(storage.room_behind(cache.shape[2], site.count) if site.grows else storage)
         return storages
 
-    def _attend_in_python(self, args: tuple[Any, ...], index: int, tensors: list[Tensor]) -> Tensor:
+    def _in_python(self, args: tuple[Any, ...], index: int, tensors: list[Tensor]) -> Tensor:
         """Attention and write of one site whose write is not an append."""
         site, given = self.sites[index], iter(tensors)
-        read = {
-            name: None if site.arguments[name] is None else next(given)
-            for name in ("query", "key", "value", "positions", "attn_mask", "sinks")
-        }
-        caches = {"k_cache": args[site.k_cache], "v_cache": args[site.v_cache]}
-        return runtime.attend_write(**{**site.arguments, **read, **caches})
+        read: dict[str, Any] = {name: None if site.operands[name] is None else next(given) for name in _OPERANDS}
+        instruction: Any = site.instruction
+        return instruction(**read, k_cache=args[site.k_cache], v_cache=args[site.v_cache])
 
 
-def _with_last_uses(instructions: list[tuple[Any, ...]], returned: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """The instructions, with `~slot` for what a region may take over, and with the slots that die at an attention."""
-    used = set(returned)
-    finished: list[tuple[Any, ...]] = []
-    for first, second, *rest in reversed(instructions):
-        if isinstance(first, tuple):
-            dead = tuple({slot for slot in first if slot >= 0} - used)
-            used.update(first)
-            finished.append((first, second, *rest, dead))
-            continue
-        inputs = []
-        for slot in reversed(second):
-            inputs.append(slot if slot in used else ~slot)
-            used.add(slot)
-        finished.append((first, tuple(reversed(inputs)), *rest))
-    return reversed(finished)
+def assemble(module: GraphModule) -> Program:
+    """The program of a chain's graph, whose nodes are those that `_fits` lets pass."""
+    program = Program()
+    slots: dict[Node, Any] = {}
+    nodes = list(module.graph.nodes)
+    for index, node in enumerate(node for node in nodes if node.op == "placeholder"):
+        slots[node] = index if is_packed(node) else len(program.tensors)
+        if not is_packed(node):
+            program.tensors.append(index)
+    first_cache = len(program.tensors)
+    attentions = sum(isinstance(node.target, AttendExtend | AttendWrite) for node in nodes)
+    program.inputs = program.slots = first_cache + _CACHE_PARTS * attentions
+    for node in nodes:
+        if node.op == "call_module":
+            region = module.get_submodule(node.target)
+            slots[node] = tuple(range(program.slots, program.slots + len(region.results)))
+            program.slots += len(region.results)
+            program.steps.append(RegionStep(region.entry, tuple(slots[source] for source in node.args), slots[node]))
+        elif isinstance(node.target, AttendExtend | AttendWrite):
+            site = _site(node, slots)
+            how, given, index = site.instruction, site.operands, len(program.sites)
+            read: dict[str, Any] = {name: ABSENT if given[name] is None else slots[given[name]] for name in _OPERANDS}
+            program.steps.append(
+                AttentionStep(
+                    **read,
+                    caches=first_cache + _CACHE_PARTS * index,
+                    out=program.slots,
+                    scale=how.scale,
+                    softcap=how.softcap,
+                    is_causal=how.is_causal,
+                )
+            )
+            slots[node] = (program.slots, (index, 0), (index, 1)) if site.grows else program.slots
+            program.sites.append(site)
+            program.slots += 1
+        elif node.target is operator.getitem:
+            slots[node] = slots[node.args[0]][node.args[1]]
+        elif node.op == "output":
+            program.returned = [slots[source] for source in node.args[0]]
+    _note_last_uses(program)
+    return program
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    """Arguments of an attention by the names of its function."""
-    normalized = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
-    return dict(normalized.kwargs)
+def _site(node: Node, slots: dict[Node, Any]) -> Site:
+    operands = {name: None for name in _OPERANDS} | node.target.operands(node)
+    caches = slots[operands["k_cache"]], slots[operands["v_cache"]]
+    return Site(node.target, operands, *caches, example(operands["key"]).shape[2])
+
+
+def _note_last_uses(program: Program) -> None:
+    used = {slot for slot in program.returned if isinstance(slot, int)}
+    for step in reversed(program.steps):
+        if isinstance(step, AttentionStep):
+            step.dead = tuple(set(step.reads) - used)
+        else:
+            # Of a slot that is read twice, the last reading.
+            later = [used | set(step.inputs[index + 1 :]) for index in range(len(step.inputs))]
+            step.last = tuple(slot not in rest for slot, rest in zip(step.inputs, later, strict=True))
+        used.update(step.reads)
 
 
 def link(outer: GraphModule) -> list[Chain]:
@@ -215,11 +276,12 @@ def link(outer: GraphModule) -> list[Chain]:
 
 
 def _replace(outer: GraphModule, nodes: list[Node], name: str) -> Chain:
-    chain = _make_chain(outer, nodes)
+    inputs, outputs = interface(nodes)
+    chain = Chain(extract(outer, nodes, inputs, outputs))
     outer.add_submodule(name, chain)
     with outer.graph.inserting_after(nodes[-1]):
-        call = last = outer.graph.call_module(name, tuple(_inputs(nodes)))
-    for index, node in enumerate(_outputs(nodes)):
+        call = last = outer.graph.call_module(name, tuple(inputs))
+    for index, node in enumerate(outputs):
         with outer.graph.inserting_after(last):
             last = outer.graph.call_function(operator.getitem, (call, index))
         last.meta = node.meta
@@ -229,69 +291,49 @@ def _replace(outer: GraphModule, nodes: list[Node], name: str) -> Chain:
     return chain
 
 
-def _inputs(nodes: list[Node]) -> list[Node]:
-    members = set(nodes)
-    return list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in members))
-
-
-def _outputs(nodes: list[Node]) -> list[Node]:
-    members = set(nodes)
-    return [node for node in nodes if any(user not in members for user in node.users)]
-
-
-def _make_chain(outer: GraphModule, nodes: list[Node]) -> Chain:
-    graph = Graph()
-    env: dict[Node, Node] = {}
-    for index, node in enumerate(_inputs(nodes)):
-        env[node] = graph.placeholder(f"arg{index}")
-        env[node].meta = dict(node.meta)
-    for node in nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[node] for node in _outputs(nodes)))
-    return Chain(GraphModule(outer, graph))
-
-
 def _runs(outer: GraphModule) -> Iterator[list[Node]]:
     """Nodes from a first attention to a last one with nothing between that a chain cannot run."""
     run: list[Node] = []
     for node in (*outer.graph.nodes, None):
         if node is not None and _fits(outer, node, run):
-            if run or node.target in _ATTENTION:
+            if run or _attends(node):
                 run.append(node)
             continue
         last = max((index for index, member in enumerate(run) if _end(member)), default=-1)
-        if sum(member.target in _ATTENTION for member in run) >= _MIN_ATTENTIONS:
+        if sum(map(_attends, run)) >= _MIN_ATTENTIONS:
             yield run[: last + 1]
         run = []
-        if node is not None and node.target in _ATTENTION and _fits(outer, node, run):
+        if node is not None and _attends(node) and _fits(outer, node, run):
             run.append(node)
+
+
+def _attends(node: Node) -> bool:
+    return isinstance(node.target, AttendExtend | AttendWrite)
 
 
 def _end(node: Node) -> bool:
     """Whether a chain can end here: at an attention or one of its results."""
-    return node.target in _ATTENTION or (node.target is operator.getitem and node.args[0].target in _ATTENTION)
+    return _attends(node) or (node.target is operator.getitem and _attends(node.args[0]))
 
 
-def _fits(outer: GraphModule, node: Node, run: list[Node]) -> bool:
+def _fits(outer: GraphModule, node: Node, run: Sequence[Node]) -> bool:
     """Whether `node` can be run behind the nodes of `run`."""
     if node.op == "call_module":
         return outer.get_submodule(node.target).can_be_linked
     if node.target is operator.getitem:
         return node.args[0] in run
-    if node.target not in _ATTENTION:
+    if not _attends(node):
         return False
-    arguments = _arguments(node)
-    tensors = [arguments[name] for name in ("query", "key", "value")]
-    known = all(isinstance(value(x), Tensor) and isinstance(value(x).shape[2], int) for x in tensors)
-    rows = known and all(value(x).stride(3) == 1 or value(x).shape[3] == 1 for x in tensors)
-    if not rows or any(arguments[name] in run for name in ("k_cache", "v_cache")):
+    instruction, given = node.target, node.target.operands(node)
+    tensors = [example(given[name]) for name in ("query", "key", "value")]
+    known = all(isinstance(x, Tensor) and isinstance(x.shape[2], int) for x in tensors)
+    rows = known and all(x.stride(3) == 1 or x.shape[3] == 1 for x in tensors)
+    if not rows or instruction.return_lse or any(given[name] in run for name in ("k_cache", "v_cache")):
         return False
-    if node.target is runtime.attend_write:
-        if not isinstance(arguments["positions"], Node) or not isinstance(value(arguments["k_cache"]).shape[2], int):
+    if isinstance(instruction, AttendWrite):
+        if not isinstance(given["positions"], Node):
             return False
-        if not arguments["counted"] and value(arguments["key"]).shape[2] != 1:
+        if not instruction.counted and tensors[1].shape[2] != 1:
             return False
-    provider = arguments["provider"]
-    return hasattr(runtime.provider_module(provider), "make_chain") and all(
-        _arguments(other)["provider"] == provider for other in run if other.target in _ATTENTION
-    )
+    same = all(other.target.provider is instruction.provider for other in run if _attends(other))
+    return instruction.provider.chains and same

@@ -11,80 +11,71 @@ the graph's pool, where the tables that kernels keep for good would be overwritt
 from __future__ import annotations
 
 import logging
-import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.execute import calls as runtime
-from tqc.execute.regions import SplitGraph
-from tqc.passes.graph import is_packed, value
+from tqc.execute.instructions import Adopt, Attend, AttendExtend, AttendWrite, Instruction, Pack, Read
+from tqc.execute.split_graph import SplitGraph
+from tqc.ops import PackedValue, example, is_packed
+from tqc.ops.effects import written
+from tqc.torch_private import STATIC_INPUT, TENSOR_DICT, storage_key
 
 log = logging.getLogger(__name__)
 
 DEVICE = "cuda"
-PROVIDERS = ("triton",)
 # Signatures that are remembered: with more caches than this in turn, steps are recorded again and again.
 MAX_SIGNATURES = 8
 
 STARTS_A_CACHE = "it starts a cache"
-_WHY_NOT: dict[Any, str] = {
-    runtime.attend_extend: "a cache grows, so its memory moves: give the model a StaticCache",
-    runtime.pack: STARTS_A_CACHE,
-    runtime.pack_at: STARTS_A_CACHE,
-    runtime.adopt: STARTS_A_CACHE,
-    runtime.attend: "attention reads a cache of which the host must know the length",
+_WHY_NOT: dict[type[Instruction], str] = {
+    AttendExtend: "a cache grows, so its memory moves: give the model a StaticCache",
+    Pack: STARTS_A_CACHE,
+    Adopt: STARTS_A_CACHE,
+    Attend: "attention reads a cache of which the host must know the length",
 }
 
 
 def why_not(gm: GraphModule) -> str | None:
     """Why a rewritten graph cannot be recorded, or None."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    tensors = [node for node in placeholders if isinstance(value(node), Tensor)]
-    for node in tensors:
-        device = value(node).device
-        if device.type != DEVICE or device != value(tensors[0]).device:
+    held = [node for node in placeholders if isinstance(example(node), (Tensor, PackedValue))]
+    for node in held:
+        device = example(node).device
+        if device.type != DEVICE or device != example(held[0]).device:
             return f"input {node.name} is on {device}, and all must be on one CUDA device"
     for node in gm.graph.nodes:
         if reason := _why_not_node(node):
             return reason
-    memory = {_memory(value(node)) for node in tensors}
+    memory = {storage_key(example(node)) for node in held if not is_packed(node)}
     output = next(node for node in gm.graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
-        if node not in placeholders and isinstance(value(node), Tensor) and _memory(value(node)) in memory:
+        if node not in placeholders and isinstance(example(node), Tensor) and storage_key(example(node)) in memory:
             return f"output {node.name} is a view of an input"
     return None
 
 
 def _why_not_node(node: Node) -> str | None:
-    if node.target is runtime.attend_write:
-        positions, counted, provider = node.args[5], node.args[6], node.args[-1]
-        if not isinstance(value(positions), Tensor) or value(positions).device.type != DEVICE:
+    instruction = node.target
+    if isinstance(instruction, AttendWrite):
+        positions = example(instruction.operands(node)["positions"])
+        if not isinstance(positions, Tensor) or positions.device.type != DEVICE:
             return "the positions of new tokens are not on the device"
-        if not counted:
+        if not instruction.counted:
             return "the positions of new tokens are not known to be consecutive, so the host must look at them"
-    elif node.target is runtime.read:
-        provider = node.args[-1]
-    elif node.target in runtime.BOUNDARY:
-        return _WHY_NOT.get(node.target, f"{getattr(node.target, '__name__', node.target)} runs on the host")
-    elif node.op in ("call_function", "call_method") and any(map(is_packed, node.all_input_nodes)):
-        return f"{node.name} reads a packed cache in a way of its own" if isinstance(value(node), Tensor) else None
-    else:
+    elif isinstance(instruction, Instruction) and not isinstance(instruction, Read):
+        return _WHY_NOT.get(type(instruction), f"{instruction.__name__} runs on the host")
+    elif not isinstance(instruction, Instruction):
         return None
-    if provider not in PROVIDERS:
-        return f"the kernels of {provider!r} wait for the device; those of {', '.join(map(repr, PROVIDERS))} do not"
+    if instruction.provider.waits_for_device:
+        return f"the kernels of {instruction.provider.name!r} wait for the device"
     return None
-
-
-def _memory(x: Tensor) -> Any:
-    return id(x) if isinstance(x, PackedTensor) else x.untyped_storage()._cdata
 
 
 # What becomes of an input.
@@ -103,42 +94,23 @@ def roles(gm: GraphModule, outer: GraphModule) -> list[str]:
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     used = [bool(node.users) for node in outer.graph.nodes if node.op == "placeholder"]
-    written = {_memory(value(target)) for node in gm.graph.nodes for target in _written(node)}
+    changed = [target for node in gm.graph.nodes for target in written(node)]
+    memory = {storage_key(example(target)) for target in changed if not is_packed(target)}
 
     def role(node: Node) -> str:
-        x = value(node)
+        x = example(node)
+        if is_packed(node):
+            return ADDRESS
         if not isinstance(x, Tensor):
             return VALUE
-        fixed = is_packed(node) or _mark(node) or isinstance(x, torch.nn.Parameter) or _memory(x) in written
+        fixed = _mark(node) or isinstance(x, torch.nn.Parameter) or storage_key(x) in memory
         return ADDRESS if fixed else COPY
 
     return [role(node) if used else UNUSED for node, used in zip(placeholders, used, strict=True)]
 
 
 def _mark(node: Node) -> Any:
-    return node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-
-
-_IN_PLACE = {
-    getattr(operator, name) for name in operator.__all__ if name.startswith("i") and hasattr(operator, name[1:])
-}
-
-
-def _written(node: Node) -> Iterator[Node]:
-    """Tensors that a node of a dynamo graph writes into."""
-    if node.op not in ("call_function", "call_method"):
-        return
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.startswith("_") or name in ("__setitem__", "setitem")
-    targets: list[Any] = [node.args[0]] if node.args and (in_place or node.target in _IN_PLACE) else []
-    targets += pytree.tree_leaves(node.kwargs.get("out"))
-    if schema := getattr(node.target, "_schema", None):
-        for index, argument in enumerate(schema.arguments):
-            if argument.is_write:
-                targets += pytree.tree_leaves(node.args[index : index + 1] or node.kwargs.get(argument.name))
-    for target in targets:
-        if isinstance(target, Node) and isinstance(value(target), Tensor):
-            yield target
+    return node.meta.get(TENSOR_DICT, {}).get(STATIC_INPUT)
 
 
 @dataclass
@@ -168,10 +140,10 @@ class CudaGraphs:
         output = next(node for node in gm.graph.nodes if node.op == "output")
         self._passed_on = [placeholders.index(n) if n in placeholders else None for n in output.args[0]]
         self._written = [
-            placeholders.index(cache)
+            placeholders.index(node.target.operands(node)[name])
             for node in gm.graph.nodes
-            if node.target is runtime.attend_write
-            for cache in (node.args[3], node.args[4])
+            if isinstance(node.target, AttendWrite)
+            for name in ("k_cache", "v_cache")
         ]
         self._recordings: OrderedDict[tuple[Any, ...], Recording | None] = OrderedDict()
         self._pool: Any = None
@@ -201,7 +173,7 @@ class CudaGraphs:
                 place.copy_(x)
         recording.graph.replay()
         for index in self._written:
-            args[index].packed_storage.written_on_device()
+            args[index].packed_storage.forget()
         # Copies, since the next replay overwrites what the graph returns.
         return tuple(
             args[source] if source is not None else output.clone() if isinstance(output, Tensor) else output

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tqc.torch_private import inductor_decompositions
+
 # Beyond these many rows a matrix product is faster: the sum reads a weight once a row (from the caches if it fits).
 MAX_ROWS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 aten = torch.ops.aten
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's table of decompositions, with `mm` and `addmm` of few rows on the CPU as multiply and sum."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    table = select_decomp_table()
+def decompositions() -> dict[Any, Callable[..., Any]] | None:
+    """Inductor's table of decompositions, with `mm` and `addmm` of few rows on the CPU as multiply and sum; None if
+    this torch has no such table."""
+    table = inductor_decompositions()
+    if table is None:
+        return None
     inductor_mm, inductor_addmm = table[aten.mm.default], table[aten.addmm.default]
 
     def mm(rows: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 
 from tqc.format import codebook
 from tqc.format.rotation import ROTATIONS, rotation
+from tqc.torch_private import no_modes
 
 FORMAT_VERSION = 1
 PAGE_TOKENS = 32
@@ -107,10 +108,10 @@ class PackedFormat:
                 raise ValueError
             if folded not in ([], ["folded"]):
                 raise ValueError
-            head_dim, bits, sinks, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
+            head_dim, bits, sink_tokens, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
         except (ValueError, IndexError):
             raise ValueError(f"malformed spec {spec!r}") from None
-        return PackedFormat(head_dim, bits, kind == "centred", sinks, window, rot, number, bool(folded))
+        return PackedFormat(head_dim, bits, kind == "centred", sink_tokens, window, rot, number, bool(folded))
 
     @cached_property
     def planes(self) -> tuple[tuple[int, int, int], ...]:
@@ -164,18 +165,23 @@ class PackedFormat:
         return _on_device(rotation, (self.head_dim, self.rotation, self.seed), str(device))
 
 
-@cache
-def _on_device(table, args, device: str) -> torch.Tensor:
-    return table(*args).to(device)
-
-
-@cache
 def scale_table(device: str = "cpu") -> torch.Tensor:
     """Factor of each scale code, float32 [256]: 2**(-code / 32), then NaN and 0 for the two special codes."""
+    return _on_device(_scale_table, (), device)
+
+
+@cache
+def _on_device(table, args, device: str) -> torch.Tensor:
+    # A table stays for good, so it must hold numbers even if the first to ask is a trace, whose tensors hold none.
+    with torch.DisableTorchFunction(), no_modes():
+        return table(*args).to(device)
+
+
+def _scale_table() -> torch.Tensor:
     table = torch.exp2(-torch.arange(256, dtype=torch.float64) / SCALE_STEPS).float()
     table[SCALE_NAN] = float("nan")
     table[SCALE_ZERO] = 0.0
-    return table.to(device)
+    return table
 
 
 def _align(offset: int) -> int:
@@ -192,7 +198,7 @@ def pack_plane(values: torch.Tensor, width: int) -> torch.Tensor:
     split = values.unflatten(-1, (fields, values.shape[-1] // fields))
     packed = torch.zeros_like(split[..., 0, :])
     for field in range(fields):
-        packed |= split[..., field, :] << (field * width)
+        packed = packed | (split[..., field, :] << (field * width))
     return packed
 
 

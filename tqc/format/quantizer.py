@@ -159,7 +159,7 @@ def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -
     codes = torch.zeros(*pages.shape[:-1], PAGE_TOKENS, fmt.head_dim, dtype=torch.uint8, device=pages.device)
     for width, shift, offset in fmt.planes:
         plane = pages[..., offset : offset + PAGE_TOKENS * fmt.head_dim * width // 8]
-        codes |= unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift
+        codes = codes | (unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift)
     y = fmt.levels(pages.device)[codes.int()] * token_scales(pages, fmt).unsqueeze(-1)
     if fmt.centred:
         step = pages[..., 4:8].contiguous().view(torch.float32)

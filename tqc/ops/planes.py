@@ -1,8 +1,6 @@
-"""The dialect: the ops that passes insert and that every lowering implements. It imports torch alone.
+"""The reference's work on the parts of a packed cache, in plain torch; what every provider's kernels do the same way.
 
-Each op has a schema, a fake and a reference implementation in plain torch, which *is* its semantics. Packed tensors
-are passed as their three parts (`pages`, `dense`, `state`; see `tqc.format`) and the spec string of their format.
-`lowering/` holds faster implementations of the same functions.
+A cache is its three parts (`pages`, `dense`, `state`; see `tqc.format`) and the spec string of its format.
 
     append(pages!, dense!, state!, new, start, spec)      write tokens behind the stored ones
     read(pages, dense, state, length, spec)               dense copy of the first tokens
@@ -18,19 +16,6 @@ from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre, token_scales, unfold
-
-NAMESPACE = "tqai"
-library = torch.library.Library(NAMESPACE, "DEF")
-
-library.define(
-    "append(Tensor(a!) pages, Tensor(b!) dense, Tensor(c!) state, Tensor new, Tensor? start, str spec) -> ()"
-)
-library.define("read(Tensor pages, Tensor dense, Tensor state, SymInt length, str spec) -> Tensor")
-library.define(
-    "attend(Tensor query, Tensor k_pages, Tensor k_dense, Tensor k_state, Tensor v_pages, Tensor v_dense, "
-    "Tensor v_state, Tensor? key, Tensor? value, Tensor? attn_mask, Tensor? sinks, Tensor? start, float scale, "
-    "float softcap, bool is_causal, str k_spec, str v_spec) -> (Tensor, Tensor)"
-)
 
 
 def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str) -> None:
@@ -59,13 +44,13 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
     count = new.shape[2]
     end = length + count
     packed_after = fmt.packed_tokens(end, packed)
-    sinks = fmt.sink_tokens
-    ring = dense[:, :, 1 + sinks :]
+    sink_tokens = fmt.sink_tokens
+    ring = dense[:, :, 1 + sink_tokens :]
 
-    taken = max(0, min(sinks - length, count))
+    taken = max(0, min(sink_tokens - length, count))
     dense[:, :, 1 + length : 1 + length + taken] = new[:, :, :taken]
     # Packed indices of the new tokens: from `first` on. Those below `first` and not yet packed are in the ring.
-    first = length + taken - sinks
+    first = length + taken - sink_tokens
     rest = new[:, :, taken:]
     if packed_after > packed:
         old = torch.arange(packed, min(first, packed_after), device=new.device) % fmt.residual_window
@@ -103,10 +88,10 @@ def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) ->
     Positions behind the last stored token are zeros. Values of a folded format are rotated back.
     """
     fmt = PackedFormat.parse(spec)
-    return unfold(_held(pages, dense, state, length, fmt), fmt)
+    return unfold(held(pages, dense, state, length, fmt), fmt)
 
 
-def _held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFormat) -> Tensor:
+def held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFormat) -> Tensor:
     """The first `length` stored tokens in the basis in which they came."""
     stored, packed = state.tolist()
     stored = min(stored, length)
@@ -177,8 +162,8 @@ def attend(
         agree = length == v_length
     if not agree:
         raise ValueError(f"k_state and v_state must agree: {int(k_state[0])} keys are stored and {v_length} values")
-    keys = _held(k_pages, k_dense, k_state, length, PackedFormat.parse(k_spec)).float()
-    values = _held(v_pages, v_dense, v_state, length, PackedFormat.parse(v_spec)).float()
+    keys = held(k_pages, k_dense, k_state, length, PackedFormat.parse(k_spec)).float()
+    values = held(v_pages, v_dense, v_state, length, PackedFormat.parse(v_spec)).float()
     if key is not None and value is not None:
         keys = torch.cat([keys, key.float()], dim=2)
         values = torch.cat([values, value.float()], dim=2)
@@ -235,22 +220,6 @@ def _correct(
     return scores + torch.nn.functional.pad(half_variance, columns)
 
 
-for _name, _function in {"append": append, "read": read, "attend": attend}.items():
-    library.impl(_name, _function, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::append", lib=library)
-def _append_fake(pages, dense, state, new, start, spec):
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::read", lib=library)
-def _read_fake(pages, dense, state, length, spec):
-    return dense.new_empty(*dense.shape[:2], length, dense.shape[3])
-
-
-@torch.library.register_fake(f"{NAMESPACE}::attend", lib=library)
-def _attend_fake(query, k_pages, k_dense, k_state, v_pages, v_dense, v_state, *rest):
-    batch, heads, rows, _ = query.shape
-    out = query.new_empty(batch, rows, heads, v_dense.shape[3]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, rows, dtype=torch.float32)
+def position(positions: Tensor | int, device: torch.device) -> Tensor:
+    """Positions as `append` takes them: int64 [1 or more]."""
+    return positions if isinstance(positions, Tensor) else torch.full((1,), positions, dtype=torch.int64, device=device)

@@ -16,16 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tqc.format import CENTRE_ZERO, HEADER_BYTES, PAGE_TOKENS, SCALE_NAN, SCALE_STEPS, SCALE_ZERO
-from tqc.lowering.triton.format import PERMUTED_BITS
+from tqc.lowering.triton.format import (
+    CENTRE_ZERO,
+    HEADER_BYTES,
+    PAGE,
+    PERMUTED_BITS,
+    SCALE_NAN,
+    SCALE_STEPS,
+    SCALE_ZERO,
+)
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-PAGE = tl.constexpr(PAGE_TOKENS)
-_SCALES_OFFSET = tl.constexpr(HEADER_BYTES)
-_SCALE_NAN = tl.constexpr(SCALE_NAN)
-_SCALE_ZERO = tl.constexpr(SCALE_ZERO)
-_SCALE_STEPS = tl.constexpr(SCALE_STEPS)
-_CENTRE_ZERO = tl.constexpr(CENTRE_ZERO)
 
 
 @triton.constexpr_function
@@ -80,13 +81,9 @@ def _minus(x, CONSTANT: tl.constexpr):
     if INTERPRET:
         return x - CONSTANT
     else:
+        y = tl.full(x.shape, CONSTANT, tl.float16)
         return tl.inline_asm_elementwise(
-            "sub.rn.f16x2 $0, $1, $2;",
-            "=r,r,r",
-            [x, tl.full(x.shape, CONSTANT, tl.float16)],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
+            "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float16, is_pure=True, pack=2
         )
 
 
@@ -172,14 +169,7 @@ def _register(like, VALUE: tl.constexpr):
     if INTERPRET:
         return tl.full(like.shape, VALUE, tl.int32)
     else:
-        return tl.inline_asm_elementwise(
-            _of_lane(VALUE),
-            "=r,r",
-            [like],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        return tl.inline_asm_elementwise(_of_lane(VALUE), "=r,r", [like], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -302,14 +292,14 @@ def levels_tile(pages, at, row, levels, fmt: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def scale_parts(pages, at, row):
     """What `token_scales` makes scales of: codes and the pages' largest scales. Arguments as of `levels_tile`."""
-    return tl.load(pages + (at * 16 + (row + _SCALES_OFFSET))), page_base(pages, at)
+    return tl.load(pages + (at * 16 + (row + HEADER_BYTES))), page_base(pages, at)
 
 
 @triton.jit
 def token_scales(code, base):
     """Scale of each token, float32 [tokens]."""
-    factor = tl.exp2(code.to(tl.float32) * (-1.0 / _SCALE_STEPS))
-    return tl.where(code == _SCALE_ZERO, 0.0, tl.where(code == _SCALE_NAN, float("nan"), factor)) * base
+    factor = tl.exp2(code.to(tl.float32) * (-1.0 / SCALE_STEPS))
+    return tl.where(code == SCALE_ZERO, 0.0, tl.where(code == SCALE_NAN, float("nan"), factor)) * base
 
 
 @triton.jit
@@ -329,12 +319,12 @@ def centre_codes(pages, at, fmt: tl.constexpr):
         # Bytes between those of 1024.0: no conversion from integers.
         k = _word(nibbles, 0x64646464)
         pairs = interleave(prmt(nibbles, k, _word(nibbles, 0x4140)), prmt(nibbles, k, _word(nibbles, 0x4342)))
-        return _minus(_halves(pairs), 1024 + _CENTRE_ZERO)
+        return _minus(_halves(pairs), 1024 + CENTRE_ZERO)
     else:
         element, valid = column_element(fmt)
         byte = tl.load(pages + ((at * 16)[:, None] + (fmt.centre_offset + element % HALF)[None, :])).to(tl.int32)
         nibble = (byte >> (element // HALF * 4)[None, :]) & 15
-        return tl.where(valid[None, :], nibble - _CENTRE_ZERO, 0).to(tl.float16)
+        return tl.where(valid[None, :], nibble - CENTRE_ZERO, 0).to(tl.float16)
 
 
 @triton.jit
@@ -349,3 +339,53 @@ def power_of_two(x):
     range the nearest one that has an inverse."""
     exponent = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
     return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_page(page, centre, levels, matrix, gain, fmt: tl.constexpr):
+    """The 32 tokens of a page, float32 [32, D].
+
+    Args:
+        centre: pointer to the head's.
+        matrix, gain: `transposed_rotation` and `rotation_gain` of `tables`.
+    """
+    D: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
+    # float32 takes twice the registers.
+    STEP: tl.constexpr = 16 if D > 128 and matrix.dtype.element_ty == tl.float32 else min(D, 32)
+    column = tl.arange(0, D)
+    x = tl.zeros([PAGE, D], tl.float32)
+    for e in range(0, D, STEP):
+        element = e + tl.arange(0, STEP)
+        y = _decode_elements(page, centre, element, levels, fmt)
+        inside = (element < fmt.head_dim)[:, None] & (column < fmt.head_dim)[None, :]
+        m = tl.load(matrix + column[None, :] * fmt.head_dim + element[:, None], mask=inside, other=0.0)
+        x = tl.dot(y, m.to(tl.float32), x, input_precision="tf32x3")
+    return x * gain
+
+
+@triton.jit
+def _decode_elements(page, centre, element, levels, fmt: tl.constexpr):
+    """Elements `element` [E] of a page's 32 tokens, rotated, float32 [32, E]: a plain way, for a page now and then."""
+    token = tl.arange(0, PAGE)
+    inside = element < fmt.head_dim
+    codes = tl.zeros([PAGE, element.shape[0]], tl.int32)
+    for i in tl.static_range(len(fmt.planes)):
+        codes |= _load_plane(page + fmt.planes[i][2], token, element, fmt.planes[i][0], fmt) << fmt.planes[i][1]
+    header = page.to(tl.pointer_type(tl.float32))
+    code = tl.load(page + fmt.scales_offset + token).to(tl.float32)
+    scale = tl.exp2(-code / SCALE_STEPS) * tl.load(header)
+    scale = tl.where(code == SCALE_ZERO, 0.0, tl.where(code == SCALE_NAN, float("nan"), scale))
+    y = tl.load(levels + codes) * scale[:, None]
+    if fmt.centred:
+        step = tl.load(header + 1)
+        nibble = _load_plane(page + fmt.centre_offset, tl.zeros([1], tl.int32), element, 4, fmt).to(tl.float32)
+        y += (nibble - 8.0) * step + tl.load(centre + element, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return tl.where(inside[None, :], y, 0.0)
+
+
+@triton.jit
+def _load_plane(plane, row, element, width: tl.constexpr, fmt: tl.constexpr):
+    STRIDE: tl.constexpr = fmt.head_dim * width // 8
+    byte = row[:, None] * STRIDE + (element % STRIDE)[None, :]
+    packed = tl.load(plane + byte, mask=(element < fmt.head_dim)[None, :], other=0).to(tl.int32)
+    return (packed >> (element // STRIDE * width)[None, :]) & ((1 << width) - 1)

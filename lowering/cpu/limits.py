@@ -1,0 +1,6 @@
+"""What the CPU kernels can take."""
+
+import torch
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,315 @@
+"""What a realized graph calls between its compiled regions: ops on live packed tensors, with their kernels.
+
+An instruction is a value: what is known when the graph is realized are its fields, and the tensors of a step are its
+operands, named by OPERANDS in the order of the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tqc.cache import packed_tensor, preallocated
+from tqc.cache.packed_tensor import PackedTensor
+from tqc.cache.storage import Appending, Storage
+from tqc.execute.folded_weights import Fold, folded_weights
+from tqc.format import PackedFormat
+from tqc.lowering.provider import Provider
+from tqc.ops import Op, Planes
+from tqc.ops.planes import position
+from tqc.ops.write import is_append
+from tqc.torch_private import pytree
+
+
+class Instruction:
+    """Base of all instructions.
+
+    Attributes:
+        OPERANDS: names of the operands.
+    """
+
+    OPERANDS: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def __name__(self) -> str:
+        return type(self).__qualname__
+
+    def operands(self, node: Node) -> dict[str, Any]:
+        """Operands of a node that calls this, by name."""
+        return dict(zip(self.OPERANDS, node.args, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Attention(Instruction):
+    """Base of the three kinds of attention; the fields are those of `tqc.ops.attend`."""
+
+    provider: Provider
+    scale: float
+    softcap: float
+    is_causal: bool = False
+    counted: bool = True
+    return_lse: bool = False
+
+    def attend(
+        self,
+        query: Tensor,
+        k: Storage,
+        v: Storage,
+        key: Tensor | None,
+        value: Tensor | None,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        start: Tensor | None,
+    ) -> Any:
+        out, lse = self.provider.kernels.attend(
+            query, k.pages, k.dense, k.state, v.pages, v.dense, v.state, key, value, attn_mask, sinks, start,
+            self.scale, self.softcap, self.is_causal, k.fmt.spec, v.fmt.spec,
+        )  # fmt: skip
+        return (out, lse) if self.return_lse else out
+
+    def append(self, k: Storage, v: Storage, key: Tensor, value: Tensor, start: Tensor | None) -> None:
+        kernels, k_spec, v_spec = self.provider.kernels, k.fmt.spec, v.fmt.spec
+        if self.provider.pairs:
+            kernels.append_pair(k.pages, k.dense, k.state, key, v.pages, v.dense, v.state, value, start, k_spec, v_spec)
+        else:
+            kernels.append(k.pages, k.dense, k.state, key, start, k_spec)
+            kernels.append(v.pages, v.dense, v.state, value, start, v_spec)
+
+
+class AttendExtend(Attention):
+    """Attend to a growing cache and the new tokens, then append these: (output, keys, values)."""
+
+    OPERANDS = ("query", "key", "value", "k_cache", "v_cache", "attn_mask", "sinks")
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_cache: PackedTensor,
+        v_cache: PackedTensor,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[Any, PackedTensor, PackedTensor]:
+        length, count = k_cache.shape[2], key.shape[2]
+        k, v = (cache.packed_storage.room_behind(length, count) for cache in (k_cache, v_cache))
+        with Appending((k, v), (count, count)):
+            out = self.attend(query, k, v, key, value, attn_mask, sinks, None)
+            self.append(k, v, key, value, None)
+        return out, PackedTensor(k, length + count), PackedTensor(v, length + count)
+
+
+class AttendWrite(Attention):
+    """Attend to a preallocated cache with new tokens at `positions`, and write these into it."""
+
+    OPERANDS = ("query", "key", "value", "k_cache", "v_cache", "positions", "attn_mask", "sinks")
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_cache: PackedTensor,
+        v_cache: PackedTensor,
+        positions: Tensor | int,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Any:
+        start = position(positions, query.device)
+        if _on_host(start) or not self.counted:
+            stored, capacity = k_cache.packed_storage.length, k_cache.shape[2]
+            if not is_append(start, key.shape[2], self.counted, stored, capacity, attn_mask):
+                for cache, new in ((k_cache, key), (v_cache, value)):
+                    preallocated.rewrite(cache, start, new, self.provider.kernels)
+                k, v = k_cache.packed_storage, v_cache.packed_storage
+                return self.attend(query, k, v, None, None, attn_mask, sinks, _end(k_cache))
+        k, v = k_cache.packed_storage, v_cache.packed_storage
+        with Appending((k, v), (None, None)):
+            out = self.attend(query, k, v, key, value, attn_mask, sinks, start)
+            self.append(k, v, key, value, start)
+        return out
+
+
+class Attend(Attention):
+    """Attend to a packed cache that stays as it is (cross attention, layers that share a cache), and to new tokens."""
+
+    OPERANDS = ("query", "k_cache", "v_cache", "key", "value", "positions", "attn_mask", "sinks")
+
+    def __call__(
+        self,
+        query: Tensor,
+        k_cache: PackedTensor,
+        v_cache: PackedTensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        positions: Tensor | int | None,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Any:
+        start = _end(k_cache) if positions is None else position(positions, query.device)
+        k, v = k_cache.packed_storage, v_cache.packed_storage
+        return self.attend(query, k, v, key, value, attn_mask, sinks, start)
+
+
+def _end(cache: PackedTensor) -> Tensor | None:
+    """Where the tokens of a cache end, if more are stored."""
+    length = cache.shape[2]
+    return None if cache.packed_storage.length <= length else torch.tensor([length], device=cache.device)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether to look at `x` waits for no device."""
+    return x.device.type == "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class Pack(Instruction):
+    """Start a packed cache, see `tqc.ops.pack`."""
+
+    provider: Provider
+    spec: str
+
+    OPERANDS = ("new", "start", "capacity")
+
+    def __call__(self, new: Tensor, start: Tensor | int | None, capacity: int | None) -> PackedTensor:
+        fmt, append = PackedFormat.parse(self.spec), self.provider.kernels.append
+        if capacity is None and start is None:
+            return packed_tensor.pack(new, fmt, append)
+        batch, heads, count, _ = new.shape
+        capacity = count + int(start or 0) if capacity is None else capacity
+        result = PackedTensor(Storage.allocate(batch, heads, fmt, new.dtype, new.device, capacity), capacity)
+        packed_tensor.write_at(result, new, position(0 if start is None else start, new.device), append)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Extend(Instruction):
+    """Append to a growing cache, see `tqc.ops.extend`."""
+
+    provider: Provider
+
+    OPERANDS = ("cache", "new")
+
+    def __call__(self, cache: PackedTensor, new: Tensor) -> PackedTensor:
+        return packed_tensor.extend(cache, new, self.provider.kernels.append)
+
+
+@dataclass(frozen=True, eq=False)
+class Write(Instruction):
+    """Write into a preallocated cache, or into a copy of it, see `tqc.ops.write`."""
+
+    provider: Provider
+    counted: bool
+    in_place: bool
+
+    OPERANDS = ("cache", "new", "positions", "attn_mask")
+
+    def __call__(
+        self, cache: PackedTensor, new: Tensor, positions: Tensor | int, attn_mask: Tensor | None
+    ) -> PackedTensor:
+        cache = cache if self.in_place else cast(PackedTensor, cache.clone())
+        start, stored = position(positions, new.device), cache.packed_storage.length
+        if is_append(start, new.shape[2], self.counted, stored, cache.shape[2], attn_mask):
+            packed_tensor.write_at(cache, new, start, self.provider.kernels.append)
+        else:
+            preallocated.rewrite(cache, start, new, self.provider.kernels)
+        return cache
+
+
+@dataclass(frozen=True, eq=False)
+class Read(Instruction):
+    """Dense tokens of a packed cache, see `tqc.ops.read`."""
+
+    provider: Provider
+
+    OPERANDS = ("cache",)
+
+    def __call__(self, cache: PackedTensor) -> Tensor:
+        s = cache.packed_storage
+        return self.provider.kernels.read(s.pages, s.dense, s.state, cache.shape[2], s.fmt.spec)
+
+
+@dataclass(frozen=True, eq=False)
+class Adopt(Instruction):
+    """Turn the caller's own preallocated dense tensors into packed ones, see `tqc.ops.adopt`.
+
+    They stay dense where that would lose something: see `preallocated`.
+    """
+
+    provider: Provider
+    k_spec: str
+    v_spec: str
+    counted: bool
+
+    OPERANDS = ("keys", "values", "positions", "count", "attn_mask")
+
+    def __call__(
+        self, keys: Tensor, values: Tensor, positions: Tensor | int, count: int, attn_mask: Tensor | None
+    ) -> None:
+        start = position(positions, keys.device)
+        if not is_append(start, count, self.counted, keys.shape[2], keys.shape[2], attn_mask):
+            return
+        if preallocated.can_become_packed(keys) and preallocated.can_become_packed(values):
+            stored, append = int(start.flatten()[0]) + count, self.provider.kernels.append
+            preallocated.become_packed(keys, stored, PackedFormat.parse(self.k_spec), append)
+            preallocated.become_packed(values, stored, PackedFormat.parse(self.v_spec), append)
+
+
+@dataclass(frozen=True, eq=False)
+class Fork(Instruction):
+    """A tensor of its own on the same memory, which is copied once one of them is appended to, see `tqc.ops.fork`."""
+
+    OPERANDS = ("cache",)
+
+    def __call__(self, cache: PackedTensor) -> PackedTensor:
+        return PackedTensor(cache.packed_storage, cache.shape[2])
+
+
+@dataclass(frozen=True, eq=False)
+class Become(Instruction):
+    """Let a packed tensor of the caller's hold what another one does, see `tqc.ops.update`."""
+
+    OPERANDS = ("cache", "new")
+
+    def __call__(self, cache: PackedTensor, new: PackedTensor) -> None:
+        cache.packed_storage = new.packed_storage
+        cache.packed_storage.view(cache)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldWeights(Instruction):
+    """Weights with their folds applied, from memory where they have not changed, see `folded_weights`."""
+
+    folds: tuple[Fold, ...]
+    anew: bool
+
+    def __call__(self, *weights: Tensor) -> list[Tensor]:
+        return folded_weights(weights, self.folds, self.anew)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference(Instruction):
+    """Any op of the dialect by its reference, on the parts of packed tensors: right, but slow for a large cache."""
+
+    op: Op
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _mapped(PackedTensor, _planes, (args, kwargs))
+        return _mapped(Planes, as_packed_tensor, self.op(*args, **kwargs))
+
+
+def _mapped(kind: type, function: Any, tree: Any) -> Any:
+    return pytree.tree_map_only(kind, function, tree)
+
+
+def _planes(x: PackedTensor) -> Planes:
+    return Planes(x.pages, x.dense, x.state, x.fmt, x.shape[2])
+
+
+def as_packed_tensor(planes: Planes) -> PackedTensor:
+    """The packed tensor that holds these parts."""
+    return PackedTensor(Storage(*planes.parts, planes.fmt, *planes.state.tolist()), planes.length)

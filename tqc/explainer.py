@@ -1,0 +1,64 @@
+"""`tqc.explain`: compile a model as the backend would, run it, and say what was found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tqc.backend import tqai
+from tqc.cache.io import cache_bytes
+from tqc.optimized_module import options_of, with_compiled_call
+from tqc.passes.plan import FUSE
+from tqc.report import Explanation, collect
+from tqc.torch_private import missing, pytree
+
+
+def explain(
+    model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **inputs: Any
+) -> Explanation:
+    """Compile `model` as the backend would, run it on `inputs`, and say what was found, what was not, and why.
+
+    A model with `generate` makes a few tokens, so that its prefill and decode graphs are both seen; any other is called
+    once. Nothing but attention and the cache is compiled, and the model stays as it was.
+
+    Args:
+        options: of the backend; those that the model was compiled with if it was, else the defaults.
+        graphs: whether the graphs shall be shown as text, before the passes and behind each that changed them.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)
+    settings = {**(options if options is not None else options_of(model) or {}), "rest": "eager"}
+    # A backend of its own, since dynamo would reuse what it compiled for equal options, and nothing would be seen.
+    compiled: Any = torch.compile(inner, backend=functools.partial(tqai, options=settings))
+    cache = None
+    # Each call compiles anew, so that graphs of earlier ones must not count.
+    fresh = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    with collect(texts=graphs) as plans, torch.no_grad(), fresh:
+        if hasattr(inner, "generate"):
+            generate = with_compiled_call(compiled, inner.generate)
+            result = generate(*args, **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+            cache = getattr(result, "past_key_values", None)
+        else:
+            compiled(*args, **inputs)
+    explanation = Explanation([[site.to_dict() for site in plan.sites] for plan in plans])
+    explanation.texts = [plan.texts for plan in plans] if graphs else []
+    explanation.notes += [f"graph {number}: {plan.cuda_graph}" for number, plan in enumerate(plans) if plan.cuda_graph]
+    explanation.notes += [f"{feature}: {why}" for feature, why in missing().items()]
+    if cache is not None:
+        explanation.tokens = int(cache.get_seq_length())
+        explanation.cache_bytes = cache_bytes(cache)
+        explanation.dense_bytes = _dense_bytes(cache)
+    if not any(explanation.graphs):
+        explanation.notes.append("no attention was found")
+    if not any(site["action"] == FUSE for sites in explanation.graphs for site in sites):
+        explanation.notes.append("no attention reads a packed cache")
+    return explanation
+
+
+def _dense_bytes(cache: Any) -> int:
+    """Bytes of the same keys and values, dense."""
+    layers = getattr(cache, "layers", [])
+    tensors = pytree.tree_leaves([(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers])
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

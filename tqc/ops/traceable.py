@@ -1,0 +1,177 @@
+"""The work of `planes` in static shapes: nothing is read on the host, sizes follow from shapes, branches are `where`.
+
+Pages hold the capacity of the cache. Every function returns new parts, in ops that ONNX and MLX can express.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tqc.format import PAGE_TOKENS
+from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre, token_scales, unfold
+from tqc.ops.planes import position
+from tqc.ops.value import Planes
+
+
+def append(cache: Planes, new: Tensor, start: Tensor | None = None) -> Planes:
+    """`cache` with tokens behind the stored ones, or from position `start[0]` on, which must not leave a gap."""
+    fmt, count = cache.fmt, new.shape[2]
+    if start is not None:
+        cache = rewind(cache, torch.minimum(start.flatten()[0], cache.state[0]))
+    if not count:
+        return cache
+    length, packed = cache.state[0], cache.state[1]
+    sink_tokens, window = fmt.sink_tokens, fmt.residual_window
+    end = length + count
+    packed_after = torch.maximum(packed, _packed_tokens(cache, end))
+    sink_rows, ring = cache.dense[:, :, 1 : 1 + sink_tokens], cache.dense[:, :, 1 + sink_tokens :]
+    # Index among the new tokens of each row's, where it is one of them.
+    at = torch.arange(sink_tokens, device=new.device) - length
+    sink_rows = torch.where(_rows((at >= 0) & (at < count)), _take(new, at), sink_rows)
+
+    first = torch.clamp(length - sink_tokens, min=0)  # packed index of the first new token that is no sink
+    skipped = first - (length - sink_tokens)
+    pages, centre = cache.pages, cache.dense[:, :, :1]
+    # At most so many pages are completed by this call.
+    fresh = min(-(-count // PAGE_TOKENS), pages.shape[2])
+    if fresh:
+        u = packed + torch.arange(fresh * PAGE_TOKENS, device=new.device)
+        run = torch.where(_rows(u < first), _take(ring, u % window), _take(new, u - first + skipped))
+        starts = (packed == 0) & (packed_after > 0)
+        centre = torch.where(starts, head_centre(run[:, :, :PAGE_TOKENS], fmt).unsqueeze(2), centre)
+        encoded = encode_pages(run, centre[:, :, 0], fmt)
+        page = torch.arange(pages.shape[2], device=new.device)
+        chosen = (page >= packed // PAGE_TOKENS) & (page < packed_after // PAGE_TOKENS)
+        pages = torch.where(_rows(chosen), _take(encoded, page - packed // PAGE_TOKENS), pages)
+    # The newest token of each slot of the ring.
+    slot = torch.arange(window, device=new.device)
+    last = end - sink_tokens - 1
+    u = last - (last - slot) % window
+    kept = _rows(u >= torch.maximum(first, packed_after))
+    ring = torch.where(kept, _take(new, u - first + skipped), ring)
+    state = torch.stack([end, packed_after])
+    return replace(cache, pages=pages, dense=torch.cat([centre, sink_rows, ring], dim=2), state=state)
+
+
+def rewind(cache: Planes, length: Tensor) -> Planes:
+    """The first `length` tokens, an int64 of one element."""
+    fmt, packed = cache.fmt, cache.state[1]
+    length = length.reshape(())
+    kept = torch.clamp(length - fmt.sink_tokens, min=0)
+    whole = kept // PAGE_TOKENS * PAGE_TOKENS
+    back = kept < packed
+    dense = cache.dense
+    if cache.pages.shape[2]:
+        page = _take(cache.pages, (whole // PAGE_TOKENS).reshape(1))
+        tokens = decoded(decode_pages(page, dense[:, :, 0], fmt), fmt).to(dense.dtype)
+        row = torch.arange(fmt.dense_rows, device=dense.device) - (1 + fmt.sink_tokens + whole % fmt.residual_window)
+        reopened = back & (kept > whole) & (row >= 0) & (row < PAGE_TOKENS)
+        dense = torch.where(_rows(reopened), _take(tokens, row), dense)
+    return replace(cache, dense=dense, state=torch.stack([length, torch.where(back, whole, packed)]))
+
+
+def held(cache: Planes, columns: int) -> Tensor:
+    """Tokens at positions 0 to `columns` - 1 in the basis in which they came, zeros behind the stored ones."""
+    fmt, dense = cache.fmt, cache.dense
+    stored, packed = cache.state[0], cache.state[1]
+    t = torch.arange(columns, device=dense.device)
+    u = t - fmt.sink_tokens
+    row = torch.where(u < 0, 1 + t, 1 + fmt.sink_tokens + u % fmt.residual_window)
+    out = _take(dense, row)
+    if cache.pages.shape[2]:
+        y = decode_pages(cache.pages, dense[:, :, 0], fmt)
+        out = torch.where(_rows((u >= 0) & (u < packed)), _take(decoded(y, fmt).to(dense.dtype), u), out)
+    return torch.where(_rows(t < torch.clamp(stored, max=cache.length)), out, torch.zeros_like(out))
+
+
+def read(cache: Planes) -> Tensor:
+    """As `planes.read`, of all the cache's tokens."""
+    return unfold(held(cache, cache.length), cache.fmt)
+
+
+def attend(
+    query: Tensor,
+    keys: Planes,
+    values: Planes,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    positions: Tensor | int | None = None,
+    attn_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    is_causal: bool = False,
+    counted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `tqc.ops.attend`: output and log-sum-exp."""
+    fmt, new = keys.fmt, 0 if key is None else key.shape[2]
+    columns = max(_capacity(keys), _capacity(values))
+    if positions is not None and new:
+        first = position(positions, query.device).flatten()[0]
+    else:
+        first = torch.clamp(keys.state[0], max=keys.length)
+        columns += new
+    end = first + new
+    if attn_mask is not None:
+        columns = max(columns, attn_mask.shape[-1])
+    k, v = held(keys, columns).float(), held(values, columns).float()
+    t = torch.arange(columns, device=query.device)
+    if key is not None and value is not None and new:
+        fresh = _rows((t >= first) & (t < end))
+        k = torch.where(fresh, _take(key, t - first).float(), torch.where(_rows(t < first), k, 0.0))
+        v = torch.where(fresh, _take(value, t - first).float(), torch.where(_rows(t < first), v, 0.0))
+
+    batch, heads, rows = k.shape[0], k.shape[1], query.shape[2]
+    grouped = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
+    scores = (grouped @ k.transpose(-1, -2)).unflatten(2, (-1, rows)).flatten(1, 2) * scale
+    if keys.pages.shape[2]:
+        u = t - fmt.sink_tokens
+        coded = (u >= 0) & (u < keys.state[1]) & (t < first)
+        scales = torch.where(coded, _take(token_scales(keys.pages, fmt).flatten(2).unsqueeze(-1), u)[..., 0], 0.0)
+        energy = (query.float() * scale).square().sum(-1, keepdim=True)
+        group = query.shape[1] // heads
+        half = 0.5 * fmt.score_variance * energy * scales.square().repeat_interleave(group, 1).unsqueeze(2)
+        scores = scores + half
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = t < end
+    if attn_mask is not None:
+        visible = t < torch.clamp(end, min=attn_mask.shape[-1])
+        # One column stands for all of them.
+        lacking = columns - attn_mask.shape[-1] if attn_mask.shape[-1] > 1 else 0
+        mask = torch.nn.functional.pad(attn_mask, (0, lacking))
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~visible, -math.inf)
+    if is_causal:
+        row = torch.arange(rows, device=query.device)[:, None]
+        scores = scores.masked_fill(t[None, :] - first > row + new - rows, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(batch, -1, rows, 1)], dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))[..., :columns]
+    out = (weights.unflatten(1, (heads, -1)).flatten(2, 3) @ v).unflatten(2, (-1, rows)).flatten(1, 2)
+    return out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def _capacity(cache: Planes) -> int:
+    """How many tokens the cache can hold."""
+    return min(cache.fmt.sink_tokens + cache.pages.shape[2] * PAGE_TOKENS + cache.fmt.residual_window, cache.length)
+
+
+def _packed_tokens(cache: Planes, length: Tensor) -> Tensor:
+    over = length - cache.fmt.sink_tokens - cache.fmt.residual_window
+    return torch.clamp((over + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS, min=0)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [batch, heads, n, ...] at `index`, clamped to those there are; callers mask what they do not want."""
+    return rows.index_select(2, torch.clamp(index, 0, rows.shape[2] - 1))
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """A mask of rows, to be broadcast over [batch, heads, n, ...]."""
+    return mask.reshape(1, 1, -1, 1)
