@@ -224,8 +224,13 @@ def arguments_of(op: Any) -> Any:
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
     """Tell dynamo that a size varies. The public `torch._dynamo.mark_dynamic` is an error where a model's code makes
     the size a constant; no hint is."""
-    if mark := find("torch._dynamo.maybe_mark_dynamic"):
+    if mark := _marker():
         mark(tensor, dim)
+
+
+@cache
+def _marker() -> Any:
+    return find("torch._dynamo.maybe_mark_dynamic")
 
 
 # --- Graphs of dynamo: names in the `meta` of a node -----------------------------------------------------------------
