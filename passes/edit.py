@@ -73,9 +73,7 @@ def _example_of(node: Node) -> Any:
         if isinstance(node.target, Op):
             return node.target.fake_of(node)
         if isinstance(node.target, str):
-            return (
-                args[0].shape[args[1]] if node.target == "size" else getattr(args[0], node.target)(*args[1:], **kwargs)
-            )
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -11,6 +13,8 @@ from tqc.passes.edit import insert, update_input
 from tqc.passes.finders.cache import CacheWrite, find_write
 from tqc.passes.graph import MEASURES, is_in_place, writers
 from tqc.passes.plan import Plan
+
+log = logging.getLogger(__name__)
 
 
 def read_cache(gm: GraphModule, plan: Plan) -> int:
@@ -69,6 +73,7 @@ def _write(gm: GraphModule, write: CacheWrite, operation: Node) -> None:
         for source in (cache, operation):
             user.replace_input_with(source, new)
     gm.graph.erase_node(operation)
+    cache.replace_all_uses_with(new, lambda user: user.op == "output")
     update_input(cache, new)
     for left in (cache, new):
         if _torch_users(left):
@@ -82,6 +87,7 @@ def _folded(cache: Node, dense: Node) -> Node:
 
 
 def _decode_for_good(gm: GraphModule, cache: Node) -> None:
+    log.warning("input %s, a packed cache, is written in an unknown way: each call packs it anew, slowly", cache.name)
     users = _torch_users(cache)
     with gm.graph.inserting_before(users[0]):
         dense = insert(gm.graph, ops.read, cache)

@@ -125,8 +125,6 @@ class PackedTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if func in (aten.index_copy_.default, aten.zero_.default) and _is_fake(args):
-            return args[0]
         if handler is not None and not _is_fake(args):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
@@ -138,6 +136,8 @@ class PackedTensor(torch.Tensor):
         for argument in arguments:
             written = pytree.tree_leaves(named.get(argument.name)) if argument.is_write else ()
             if any(isinstance(value, PackedTensor) for value in written):
+                if _is_fake(args):  # being traced: `read_cache` gives the op dense tokens
+                    return args[0]
                 raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
         args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.dequantize, (args, kwargs))
         return func(*args, **kwargs)
