@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROMPT ?= $$(cat docs/demo.txt)
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test test-sessions lint format bench clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: setup
 # One worker a core, each with one thread: threads that wait for each other's cores cost more than they bring.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# An hour or so; writes benchmarks/results/sessions.json.
+test-sessions: setup
+	$(BIN)/python -m benchmarks.sessions
 
 lint: setup
 	$(BIN)/ruff check .

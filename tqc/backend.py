@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tqc import optimized_module, report
+from tqc import optimized_module, recompiles, report
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.config import Config
 from tqc.execute import cuda_graphs
@@ -24,7 +24,7 @@ from tqc.ops.effects import written
 from tqc.passes import rewrite
 from tqc.passes.edit import fake_mode
 from tqc.passes.plan import Plan
-from tqc.torch_private import compile_fx
+from tqc.torch_private import compile_fx, frame_number
 
 log = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -51,6 +51,7 @@ def tqai(
     report.record(plan)
     if not any(isinstance(node.target, Op) for node in gm.graph.nodes):
         return _rest(gm, example_inputs, config)
+    recompiles.count(frame_number())
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise RuntimeError(
             'backend="tqai" compiles inference only, a packed cache has no gradients: call the model under '
@@ -117,4 +118,6 @@ def _rest(gm: GraphModule, example_inputs: list[Any], config: Config) -> Callabl
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
+tqai.reset = recompiles.forget  # type: ignore[attr-defined]  # called by torch._dynamo.reset
 optimized_module.install(tqai)
+recompiles.install()

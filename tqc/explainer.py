@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tqc import recompiles
 from tqc.backend import tqai
 from tqc.cache.io import cache_bytes
 from tqc.optimized_module import options_of, with_compiled_call
@@ -31,7 +32,9 @@ def explain(
     inner: Any = getattr(model, "_orig_mod", model)
     settings = {**(options if options is not None else options_of(model) or {}), "rest": "eager"}
     # A backend of its own, since dynamo would reuse what it compiled for equal options, and nothing would be seen.
-    compiled: Any = torch.compile(inner, backend=functools.partial(tqai, options=settings))
+    backend: Any = functools.partial(tqai, options=settings)
+    backend.reset = recompiles.forget
+    compiled: Any = torch.compile(inner, backend=backend)
     cache = None
     # Each call compiles anew, so that graphs of earlier ones must not count.
     fresh = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
@@ -45,7 +48,7 @@ def explain(
     explanation = Explanation([[site.to_dict() for site in plan.sites] for plan in plans])
     explanation.texts = [plan.texts for plan in plans] if graphs else []
     explanation.notes += [f"graph {number}: {plan.cuda_graph}" for number, plan in enumerate(plans) if plan.cuda_graph]
-    explanation.notes += [f"{feature}: {why}" for feature, why in missing().items()]
+    explanation.notes += [f"{feature}: {why}" for feature, why in missing().items()] + recompiles.met()
     if cache is not None:
         explanation.tokens = int(cache.get_seq_length())
         explanation.cache_bytes = cache_bytes(cache)

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,7 @@ PACKED_TENSORS = "packed caches"
 CROPS = "cropping a packed cache without a copy"
 PREALLOCATED = "packing caches that the caller allocated"
 GROWTH = "caches that grow without recompiling"
+LIMIT = "a higher limit of graphs a model, and a word when it is met"
 GENERATE = "torch.compile(model).generate"
 OPTIONS = "the options of a compiled model"
 REGIONS = "compiling the rest of the graph"
@@ -75,6 +77,10 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     PREALLOCATED: ("they stay dense", ("torch._C._swap_tensor_impl", "torch.Tensor._is_view")),
     GROWTH: ("every page more compiles the graph anew", ("torch._dynamo.maybe_mark_dynamic",)),
+    LIMIT: (
+        "a model whose calls vary much may stay dense, and only torch's own log says so",
+        ("torch._dynamo.config.recompile_limit", "torch._guards.CompileContext.current_compile_id"),
+    ),
     GENERATE: (
         "it runs uncompiled; model.compile(backend='tqai') compiles it",
         (
@@ -231,6 +237,33 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 @cache
 def _marker() -> Any:
     return find("torch._dynamo.maybe_mark_dynamic")
+
+
+def raise_recompile_limit(graphs: int) -> None:
+    """Let dynamo make this many graphs of one function, if nobody has changed its own limit. The setting is public, but
+    for the name of the module; `torch.compile(recompile_limit=...)`, from 2.13 on, is the user's."""
+    config = find("torch._dynamo.config")
+    if not _lacking(LIMIT) and config.recompile_limit == 8:
+        config.recompile_limit = graphs
+
+
+def frame_number() -> int | None:
+    """A number of the function that dynamo compiles at the moment, the same at each recompilation. No public way."""
+    compiling = None if _lacking(LIMIT) else find("torch._guards.CompileContext").current_compile_id()
+    return compiling.frame_id if compiling else None
+
+
+def on_recompile_limit(listener: Callable[[int | None, str, int, str, str], None]) -> None:
+    """Call `listener` with the function's `frame_number`, the setting's name, its value, the function in words and the
+    last reason when dynamo gives up on a function. There is no event for it, public or not, but a log record."""
+
+    def listen(record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
+            limit, value, function, reason, *_ = record.args
+            listener(frame_number(), str(limit), int(str(value)), str(function), str(reason))
+        return True
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(listen)
 
 
 # --- Graphs of dynamo: names in the `meta` of a node -----------------------------------------------------------------
@@ -447,6 +480,8 @@ def inductor_state() -> str:
     parts = [f"{name}={_describe(settings[name])}" for name in sorted(settings)]
     parts += [torch.__version__, str(torch.get_num_threads()), torch.get_float32_matmul_precision()]
     parts.append(str(torch.are_deterministic_algorithms_enabled()))
+    for device in filter(None, ("cpu", torch.accelerator.current_accelerator())):
+        parts.append(f"{torch.is_autocast_enabled(str(device))} {torch.get_autocast_dtype(str(device))}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -37,6 +37,7 @@ class PackedTensor(torch.Tensor):
     """
 
     packed_storage: Storage
+    _dynamo_weak_dynamic_indices = {2}  # a length varies
 
     @staticmethod
     def __new__(cls, storage: Storage, length: int) -> PackedTensor:

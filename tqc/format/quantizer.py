@@ -17,6 +17,10 @@ reads back with an error of that size.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from tqc.format.packed import (
@@ -40,11 +44,24 @@ SCALE_SEARCH = (0, -4, 4, -8, 8)
 SCALE_SEARCH_BITS = 5
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose first argument is a tensor, in the dtypes that it names itself."""
+
+    @functools.wraps(function)
+    def run(x: torch.Tensor, *args: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return run
+
+
+@without_autocast
 def rotate(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """R x for each vector of `x` [..., head_dim], float32."""
     return x.float() @ fmt.rotation_matrix(x.device).T
 
 
+@without_autocast
 def unrotate(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """R' y for each vector of `y` [..., head_dim], float32."""
     return y.float() @ fmt.rotation_matrix(y.device)

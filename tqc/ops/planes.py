@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre, token_scales, unfold
+from tqc.format.quantizer import (
+    decode_pages,
+    decoded,
+    encode_pages,
+    head_centre,
+    token_scales,
+    unfold,
+    without_autocast,
+)
 
 
 def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str) -> None:
@@ -107,6 +115,7 @@ def held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFo
     return out
 
 
+@without_autocast
 def attend(
     query: Tensor,
     k_pages: Tensor,
