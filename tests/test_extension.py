@@ -241,15 +241,15 @@ def test_a_named_provider_never_falls_back(add_toy: Callable[[str], None], step_
 
 
 def test_auto_falls_back_with_one_warning(add_toy: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
-    """Here past the CPU kernels too, which take no head_dim of 264 and say so without a warning."""
+    """Here past the CPU kernels too, which take no head_dim of 520 and say so without a warning."""
     add_toy(BROKEN)
-    query, key, value, *caches = tensors(batch=1, past=40, head_dim=264)
+    query, key, value, *caches = tensors(batch=1, past=40, head_dim=520)
     with caplog.at_level(logging.WARNING, "tqc"):
         for _ in range(2):
             with compiled(step, provider="auto") as (run, plans):
                 run(query, key, value, *packed(*caches))
             assert only_site(plans).kernel == "reference"
-            assert "toy: no toys here" in notes(plans) and "cpu: takes a head_dim of at most 256" in notes(plans)
+            assert "toy: no toys here" in notes(plans) and "cpu: takes a head_dim of at most 512" in notes(plans)
     assert [record.getMessage() for record in caplog.records] == [
         "the 'toy' kernels cannot be used, slower ones run instead: no toys here"
     ]

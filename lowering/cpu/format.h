@@ -30,11 +30,13 @@ struct FormatArguments {
 };
 
 constexpr int INT8_BITS = 4;  // above, the error of int8 products would show beside that of the codes
-// Largest magnitudes in int16 products. 32 bits hold the sums of products: 256 elements of a level and the query, 128
+// Largest magnitudes in int16 products. 32 bits hold the sums of products: all elements of a level and the query, 128
 // tokens of a level and a weight.
-constexpr int LEVEL16_MAX = 4095, QUERY16_MAX = 2047, WEIGHT16_MAX = 4095;
-constexpr int MAX_HEAD_DIM = 256;
-static_assert(int64_t(MAX_HEAD_DIM) * LEVEL16_MAX * QUERY16_MAX <= INT32_MAX);
+constexpr int MAX_HEAD_DIM = 512;
+constexpr int LEVEL16_MAX = 4095, WEIGHT16_MAX = 4095;
+constexpr int query16_max(int dim) { return dim > 256 ? 1023 : 2047; }
+static_assert(int64_t(256) * LEVEL16_MAX * query16_max(256) <= INT32_MAX);
+static_assert(int64_t(MAX_HEAD_DIM) * LEVEL16_MAX * query16_max(MAX_HEAD_DIM) <= INT32_MAX);
 
 // All tables are rows of padded(dim), 64-byte aligned; they live as long as the process.
 struct Format {

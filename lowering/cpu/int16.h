@@ -114,14 +114,15 @@ inline void sum_words(const SumArgs& a, Prefetch ahead, int bits) {
 
 // q16 = round(q / step) of one row of padded(dim); returns the step.
 inline float quantize_query16(int16_t* out, const float* q, int ld) {
+  const float limit = query16_max(ld);
   vf top{};
   for (int i = 0; i < ld; i += W) top = vmax(vabs(load(q + i)), top);
-  const float peak = hmax(top), inverse = peak > 0 ? QUERY16_MAX / peak : 0.0f;
+  const float peak = hmax(top), inverse = peak > 0 ? limit / peak : 0.0f;
   for (int i = 0; i < ld; i += W) {
     const vh words = __builtin_convertvector(nearest(load(q + i) * inverse), vh);
     memcpy(out + i, &words, sizeof words);
   }
-  return peak / QUERY16_MAX;
+  return peak / limit;
 }
 
 // As `quantize_weights`.

@@ -2,5 +2,5 @@
 
 import torch
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -30,7 +30,7 @@ from tqc.ops import planes as ops
 LEVELS = [name for name, needs in build.LEVELS.items() if needs.keys() <= build.cpu_features()]
 formats = st.builds(
     PackedFormat,
-    head_dim=st.sampled_from([8, 64, 72, 80, 96, 112, 128, 256]),
+    head_dim=st.sampled_from([8, 64, 72, 80, 96, 112, 128, 256, 512]),
     bits=st.integers(1, 8),
     centred=st.booleans(),
     sink_tokens=st.sampled_from([0, 3, 4]),
@@ -279,7 +279,7 @@ def test_supports():
     assert supports(fmt, fmt, torch.bfloat16, "cpu") is None
     assert "cuda" in supports(fmt, fmt, torch.bfloat16, "cuda")
     assert "float64" in supports(fmt, fmt, torch.float64, "cpu")
-    assert "head_dim" in supports(PackedFormat(512, 4, True), fmt, torch.float32, "cpu")
+    assert "head_dim" in supports(PackedFormat(520, 4, True), fmt, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["even", "peaked"])
@@ -309,17 +309,18 @@ def test_products_of_integers_add_little_to_the_formats_own_error(provider, head
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("head_dim", [256, 512])
 @pytest.mark.parametrize("provider", [name for name in LEVELS if name != "scalar"], indirect=True)
-def test_sums_of_int16_products_do_not_overflow(provider, bits, sign):
+def test_sums_of_int16_products_do_not_overflow(provider, head_dim, bits, sign):
     """The largest products there are: every code, element of the query and weight is the highest."""
-    fmt = PackedFormat(256, bits, False)
+    fmt = PackedFormat(head_dim, bits, False)
     k, v = filled(1, 1, 400, fmt, torch.float32), filled(1, 1, 400, fmt, torch.float32)
     for pages in (k[0], v[0]):
         pages[:, :, :, fmt.planes[0][2] :] = 255
         pages[:, :, :, 16:48] = 0
         pages[:, :, :, :4] = torch.ones(1).view(torch.uint8)
-    query = (sign * fmt.rotation_matrix().T @ torch.ones(256)).view(1, 1, 1, 256)
-    rest = (None, None, None, None, None, 1 / 256, 0.0, False, str(fmt), str(fmt))
+    query = (sign * fmt.rotation_matrix().T @ torch.ones(head_dim)).view(1, 1, 1, head_dim)
+    rest = (None, None, None, None, None, 1 / head_dim, 0.0, False, str(fmt), str(fmt))
     outputs = {}
     for integers in (False, True):
         kernels.loaded().use_int8(integers)

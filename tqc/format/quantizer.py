@@ -45,12 +45,13 @@ SCALE_SEARCH_BITS = 5
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose first argument is a tensor, in the dtypes that it names itself."""
+    """`function` of tensors, in the dtypes that it names itself."""
 
     @functools.wraps(function)
-    def run(x: torch.Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
 
     return run
 
