@@ -5,8 +5,9 @@
     python -m benchmarks.models --attn sdpa eager flex_attention
 
 Each model is random and small. It generates from a prompt of 60 tokens, dense and compiled with 8-bit caches, and the
-logits are compared. A row says how many attention sites the graph of a decoding step has, how many of them read a packed
-cache, and why the others do not; or what failed, in the model itself ("not built", "dense run failed") or in ours.
+logits are compared. A row says how many attention sites the graph of a decoding step has, how many of them read a
+packed cache, and why the others do not; or what failed, in the model itself ("not built", "dense run failed") or in
+ours.
 """
 
 from __future__ import annotations

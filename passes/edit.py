@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tqc.ops import Op, example, set_example, update
 from tqc.passes.finders.flex_attention import FLEX
-from tqc.torch_private import FakeTensor
+from tqc.torch_private import FakeTensor, detect_fake_mode
 
 # What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops never go.
 _PURE_METHODS = {
@@ -103,6 +103,7 @@ def inline(graph: Graph, function: Callable[..., Any], *args: Any) -> Node:
 
 
 def fake_mode(graph: Graph) -> Any:
-    """The mode of the graph's own examples; the one of the tracing context may be another."""
-    examples = (example(node) for node in graph.nodes if node.op == "placeholder")
-    return next((held.fake_mode for held in examples if isinstance(held, FakeTensor)), contextlib.nullcontext())
+    """The mode of the graph's own examples, if it has any; the one of the tracing context may be another."""
+    examples = (example(node) for node in graph.nodes)
+    found = next((held.fake_mode for held in examples if isinstance(held, FakeTensor)), None)
+    return found or detect_fake_mode(()) or contextlib.nullcontext()

@@ -227,6 +227,10 @@ def arguments_of(op: Any) -> Any:
     return op._schema.arguments
 
 
+# Attribute of a tensor: which of its sizes vary. `mark_dynamic` sets it too, but on the parts of a packed tensor as well.
+DYNAMIC_SIZES = "_dynamo_weak_dynamic_indices"
+
+
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
     """Tell dynamo that a size varies. The public `torch._dynamo.mark_dynamic` is an error where a model's code makes
     the size a constant; no hint is."""

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from tqc import ops
 from tqc.ops import Op, example, is_packed
-from tqc.passes.edit import insert, update_input
+from tqc.passes.edit import insert, size, update_input
 from tqc.passes.finders.cache import CacheWrite, find_write
 from tqc.passes.graph import MEASURES, is_in_place, writers
 from tqc.passes.plan import Plan
@@ -35,7 +35,7 @@ def read_cache(gm: GraphModule, plan: Plan) -> int:
     for cache in caches:
         written = writers(cache)
         write = find_write(cache, written, None) if written else None
-        if isinstance(write, CacheWrite) and write.operation and isinstance(example(cache).length, int):
+        if isinstance(write, CacheWrite) and write.operation:
             _write(gm, write, write.operation)
         elif written:
             _decode_for_good(gm, cache)
@@ -67,7 +67,8 @@ def _write(gm: GraphModule, write: CacheWrite, operation: Node) -> None:
     behind = [user for user in (*_torch_users(cache), *operation.users) if order[user] > order[operation]]
     with gm.graph.inserting_before(operation):
         # Nobody knows who looks at what lies behind the new tokens.
-        shown = insert(gm.graph, torch.ones, (1, example(cache).length), dtype=torch.bool, device=example(cache).device)
+        length = size(gm.graph, cache, 2)
+        shown = insert(gm.graph, torch.ones, (1, length), dtype=torch.bool, device=example(cache).device)
         new = insert(gm.graph, ops.write, cache, _folded(cache, write.new), write.positions, shown, write.counted)
     for user in behind:
         for source in (cache, operation):
@@ -93,7 +94,8 @@ def _decode_for_good(gm: GraphModule, cache: Node) -> None:
         dense = insert(gm.graph, ops.read, cache)
     for user in users:
         user.replace_input_with(cache, dense)
-    with gm.graph.inserting_before(gm.graph.output_node()):
+    updates = gm.graph.find_nodes(op="call_function", target=ops.update)
+    with gm.graph.inserting_before(next(iter(updates), gm.graph.output_node())):
         packed = insert(gm.graph, ops.pack, _folded(cache, dense), example(cache).fmt.spec)
     cache.replace_all_uses_with(packed, lambda user: user.op == "output")
     update_input(cache, packed)

@@ -13,6 +13,7 @@ from tqc.format import PackedFormat
 from tqc.format.quantizer import fold
 from tqc.ops.library import ops as library
 from tqc.torch_private import (
+    DYNAMIC_SIZES,
     FakeTensor,
     arguments_of,
     disabled_torch_function,
@@ -23,6 +24,7 @@ from tqc.torch_private import (
 
 aten = torch.ops.aten
 Append = Callable[..., None]
+_LENGTH = {2}  # the dimension that varies in a growing cache
 
 
 class PackedTensor(torch.Tensor):
@@ -37,7 +39,6 @@ class PackedTensor(torch.Tensor):
     """
 
     packed_storage: Storage
-    _dynamo_weak_dynamic_indices = {2}  # a length varies
 
     @staticmethod
     def __new__(cls, storage: Storage, length: int) -> PackedTensor:
@@ -47,6 +48,8 @@ class PackedTensor(torch.Tensor):
     def __init__(self, storage: Storage, length: int) -> None:
         self.packed_storage = storage
         storage.view(self)
+        if storage.is_full(length):
+            setattr(self, DYNAMIC_SIZES, _LENGTH)
 
     __torch_function__ = disabled_torch_function
 

@@ -65,6 +65,10 @@ class Storage:
         """Forget the host copy of the state: a kernel writes, or has written where only the device knows."""
         self._length = self._packed = None
 
+    def is_full(self, length: int) -> bool:
+        """Whether the first `length` tokens are known to be stored, as in a cache that grows."""
+        return self._length is not None and length <= self._length
+
     @property
     def nbytes(self) -> int:
         return self.pages.nbytes + self.dense.nbytes + self.state.nbytes
