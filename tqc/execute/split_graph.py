@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch.fx import GraphModule
@@ -23,6 +24,7 @@ class SplitGraph:
         self.chains = chains.link(self.outer) if rest == "inductor" else []
         self._forward = self.outer.forward
         self._calls = 0
+        self._compiling = threading.Lock()
         self._lazy = rest == "inductor"
         if self._lazy and (at_once or any(region.symbolic for region in self.regions)):
             self.compile()
@@ -36,7 +38,8 @@ class SplitGraph:
 
     def __call__(self, *args: Any) -> Any:
         if self._lazy:
-            self._calls += 1
-            if self._calls == 2:
-                self.compile()
+            with self._compiling:
+                self._calls += 1
+                if self._lazy and self._calls > 1:
+                    self.compile()
         return self._forward(*args)
