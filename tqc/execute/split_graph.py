@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 from torch.fx import GraphModule
 
 from tqc.execute import chains
+from tqc.execute.aliasing import shared_writes
 from tqc.execute.regions import split
+
+log = logging.getLogger(__name__)
 
 
 class SplitGraph:
@@ -20,7 +24,13 @@ class SplitGraph:
     """
 
     def __init__(self, gm: GraphModule, rest: str, at_once: bool = False) -> None:
-        self.regions, self.outer = split(gm)
+        outside = shared_writes(gm.graph) if rest == "inductor" else set()
+        if outside:
+            log.warning(
+                "%d operations run uncompiled: what is written in place is seen through views across attention",
+                len(outside),
+            )
+        self.regions, self.outer = split(gm, outside)
         self.chains = chains.link(self.outer) if rest == "inductor" else []
         self._forward = self.outer.forward
         self._calls = 0
