@@ -43,6 +43,8 @@ def family(x: PackedTensor) -> list[PackedTensor]:
         NotImplementedError: if one of them has a copy instead of the same memory.
     """
     members = x.views.alive() if x.views else [x]
+    if len(members) == 1:
+        x.views = None  # so that the next write need not look
     if any(member.packed_storage is not x.packed_storage for member in members):
         raise NotImplementedError(
             "a packed tensor is written to while rows that were taken out of it are in use, and they hold copies: "

@@ -12,17 +12,19 @@ of one tensor, so that a write into one changes the other, may be lost, and what
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from tqc.execute.instructions import Instruction
 from tqc.execute.regions import pieces
 from tqc.ops import example
 from tqc.ops.effects import written
-from tqc.torch_private import pytree, storage_key
+from tqc.torch_private import detect_fake_mode, pytree, storage_key
 
 
 def shared_writes(graph: Graph) -> set[Node]:
@@ -31,17 +33,18 @@ def shared_writes(graph: Graph) -> set[Node]:
     A write needs no care where all tensors on that memory are of its region, or where just one comes in: Inductor
     handles both.
     """
+    outside: set[Node] = set()
+    writes = {node: targets for node in graph.nodes if (targets := written(node))}
+    if not writes:
+        return outside
+    memory_of = _memory(graph)
     holders: dict[int, list[Node]] = defaultdict(list)
     writers: dict[int, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        for memory in _memory(node):
+        for memory in memory_of[node]:
             holders[memory].append(node)
-        for target in written(node):
-            for memory in _memory(target):
-                writers[memory].append(node)
-    outside: set[Node] = set()
-    if not writers:
-        return outside
+        for memory in {memory for target in writes.get(node, ()) for memory in memory_of[target]}:
+            writers[memory].append(node)
     order = {node: index for index, node in enumerate(graph.nodes)}
     while True:
         # Of each node the first node of its region.
@@ -67,7 +70,31 @@ def _shows(writers: list[Node], holders: list[Node], region: dict[Node, Node], o
     return len(seen) > 1
 
 
-def _memory(node: Node) -> Iterator[int]:
-    for held in pytree.tree_leaves(example(node)):
-        if isinstance(held, Tensor) and held.layout == torch.strided:
-            yield storage_key(held)
+def _memory(graph: Graph) -> dict[Node, set[int]]:
+    """Names of the memory that each node's tensors lie in.
+
+    Examples would not do: where a pass put another node into the place of one, those of its views are still of the old
+    one's memory. So torch ops are run on the examples of all else.
+    """
+    held: dict[Node, Any] = {}
+    mode = detect_fake_mode([example(node) for node in graph.nodes if node.op == "placeholder"])
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        for node in graph.nodes:
+            held[node] = example(node)
+            if node.op in ("call_function", "call_method") and not isinstance(node.target, Instruction):
+                # What cannot be run lies in the memory of its example.
+                with contextlib.suppress(Exception):
+                    held[node] = _run(node, held)
+    return {node: _keys(held[node]) | _keys(example(node)) for node in graph.nodes}
+
+
+def _run(node: Node, held: dict[Node, Any]) -> Any:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+    if isinstance(node.target, str):
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _keys(held: Any) -> set[int]:
+    tensors = [x for x in pytree.tree_leaves(held) if isinstance(x, Tensor) and x.layout == torch.strided]
+    return {storage_key(x) for x in tensors}
