@@ -2,8 +2,8 @@
 
 What `torch.compile` returns hands out the methods of the module it wraps, bound to that module: `generate` then calls
 the module itself, uncompiled, and a user gets no compression and no word about it. `install` gives it an attribute
-look-up that, for this backend alone, returns methods which see the compiled call while they run. The wrapped module is
-otherwise left as it was, so it still runs dense when called by its own name.
+look-up that, for this backend alone, returns methods which see the compiled call while they run, in their own thread.
+The wrapped module is otherwise left as it was, so it still runs dense when called by its own name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def _getattr(original: Callable[..., Any], compiled: Any, name: str) -> Any:
 
 
 def with_compiled_call(compiled: Any, method: types.MethodType) -> Callable[..., Any]:
-    """`method` of the module that `compiled` wraps, such that the module's own calls run compiled meanwhile."""
+    """`method` of the module that `compiled` wraps, such that the module's own calls in this thread run
+    compiled meanwhile."""
     module: torch.nn.Module = method.__self__  # type: ignore[assignment]
 
     @functools.wraps(method)

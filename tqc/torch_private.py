@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -227,7 +228,7 @@ def arguments_of(op: Any) -> Any:
     return op._schema.arguments
 
 
-# Attribute of a tensor: which of its sizes vary. `mark_dynamic` sets it too, but on the parts of a packed tensor as well.
+# Attribute of a tensor: which of its sizes vary. `mark_dynamic` sets it on the parts of a packed tensor as well.
 DYNAMIC_SIZES = "_dynamo_weak_dynamic_indices"
 
 
@@ -314,15 +315,41 @@ def compiled_call(compiled: Any, module: torch.nn.Module) -> Callable[..., Any]:
     return compiled.dynamo_ctx(module._call_impl)
 
 
+class _CallByThread:
+    """Calls of a module that goes another way in some threads; in all others it is called as it was before."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.before = module._compiled_call_impl
+        self.plain = module._call_impl
+        self.of_thread = threading.local()
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (getattr(self.of_thread, "call", None) or self.before or self.plain)(*args, **kwargs)
+
+
+_swapping = threading.Lock()
+
+
 @contextlib.contextmanager
 def called_through(module: torch.nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `module` go through `call` meanwhile. The public `Module.compile` does it for good."""
-    before = module._compiled_call_impl
-    module._compiled_call_impl = call
+    """Calls of `module` in this thread go through `call` meanwhile; it may be so in several threads at once, and the
+    last to leave puts back what was there. The public `Module.compile` does it for good and for all threads."""
+    with _swapping:
+        ways = module._compiled_call_impl
+        if not isinstance(ways, _CallByThread):
+            ways = module._compiled_call_impl = _CallByThread(module)
+        ways.users += 1
+    outer = getattr(ways.of_thread, "call", None)
+    ways.of_thread.call = call
     try:
         yield
     finally:
-        module._compiled_call_impl = before
+        ways.of_thread.call = outer
+        with _swapping:
+            ways.users -= 1
+            if not ways.users and module._compiled_call_impl is ways:
+                module._compiled_call_impl = ways.before
 
 
 def backend_of(model: Any) -> tuple[Callable[..., Any], Mapping[str, Any]] | None:

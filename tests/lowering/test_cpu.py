@@ -327,3 +327,16 @@ def test_sums_of_int16_products_do_not_overflow(provider, head_dim, bits, sign):
         outputs[integers], _ = provider.attend(query, *k, *v, *rest)
     assert outputs[False].norm() > 1
     torch.testing.assert_close(outputs[True], outputs[False], rtol=0, atol=1e-3 * outputs[False].abs().max().item())
+
+
+def test_a_batch_of_no_rows(provider):
+    fmt = PackedFormat(64, 4, True)
+    ours, theirs = make_store(0, 2, 300, fmt, torch.float32), make_store(0, 2, 300, fmt, torch.float32)
+    new = torch.zeros(0, 2, 150, 64)
+    for store, kernel in ((ours, provider), (theirs, ops)):
+        kernel.append(*store, new, None, str(fmt))
+        assert kernel.read(*store, 150, str(fmt)).shape == (0, 2, 150, 64)
+        how = (None, None, None, 0.125, 0.0, False, str(fmt), str(fmt))
+        out, lse = kernel.attend(new[:, :, :1], *store, *store, new[:, :, :1], new[:, :, :1], *how)
+        assert out.shape == (0, 2, 1, 64) and lse.shape == (0, 2, 1)
+    assert ours[2].tolist() == theirs[2].tolist() == [150, 96]

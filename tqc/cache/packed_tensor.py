@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tqc.cache.storage import Appending, Storage
+from tqc.cache.views import Views, family, hold, view, writable
 from tqc.format import PackedFormat
 from tqc.format.quantizer import fold
 from tqc.ops.library import ops as library
@@ -22,23 +24,30 @@ from tqc.torch_private import (
     pytree,
 )
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 Append = Callable[..., None]
 _LENGTH = {2}  # the dimension that varies in a growing cache
+_PACKED_ANEW = "a packed tensor is written elsewhere than at its end: each such write packs it anew, slowly"
 
 
 class PackedTensor(torch.Tensor):
     """Keys or values of one layer, [batch, num_key_value_heads, length, head_dim], packed.
 
-    It answers to shape, dtype and device like the dense tensor it stands for. Concatenation along the length appends
-    in place where nobody else reads further (else it copies first); prefixes, batch selection and repetition,
-    `clone`, `to(device)` and `zero_` stay packed. Every other op sees dense values; one that would write into them
-    raises.
+    It answers to shape, dtype and device like the dense tensor it stands for; where it is longer than what is stored,
+    the rest are zeros. Concatenation along the length appends in place where nobody else reads further (else it copies
+    first); prefixes, batch selection, splitting and repetition, `clone` and `to(device)` stay packed, and so it does
+    when it is written by `index_copy_`, an index, `zero_`, `fill_` or `copy_`. Such a write shows in its packed views,
+    and is refused while some of them hold copies (rows). Every other op sees dense values; one that would write into
+    them raises.
+
+    Pickled it is dense, so that a module whose buffers are packed is saved as any other.
 
     A wrapper subclass: `pages`, `dense` and `state` (see `tqc.format`) are its inner tensors.
     """
 
     packed_storage: Storage
+    views: Views | None = None
 
     @staticmethod
     def __new__(cls, storage: Storage, length: int) -> PackedTensor:
@@ -47,7 +56,7 @@ class PackedTensor(torch.Tensor):
 
     def __init__(self, storage: Storage, length: int) -> None:
         self.packed_storage = storage
-        storage.view(self)
+        storage.note_reader(self, length)
         if storage.is_full(length):
             setattr(self, DYNAMIC_SIZES, _LENGTH)
 
@@ -84,15 +93,20 @@ class PackedTensor(torch.Tensor):
             return super().__getitem__(index)
 
     def __setitem__(self, index: Any, new: Any) -> None:
-        if isinstance(index, tuple) and len(index) in (3, 4) and isinstance(new, Tensor):
-            full, positions = slice(None), index[2]
-            if isinstance(positions, slice) and positions.step in (None, 1):
-                positions = torch.arange(*positions.indices(self.shape[2]), device=self.device)
-            if all(isinstance(part, slice) and part == full for part in (*index[:2], *index[3:])):
-                if isinstance(positions, Tensor) and positions.dim() == 1 and new.shape[2:3] == positions.shape:
-                    self.index_copy_(2, positions, new.expand(*self.shape[:2], *new.shape[2:]))
-                    return
-        raise NotImplementedError(f"{index} would write into a packed tensor; call .dequantize() first")
+        if _is_fake((self,)):  # being traced: `read_cache` gives the write dense tokens
+            super().__setitem__(index, new)
+            return
+        full, positions = slice(None), index[2] if isinstance(index, tuple) and len(index) in (3, 4) else None
+        if isinstance(positions, slice) and positions.step in (None, 1):
+            positions = torch.arange(*positions.indices(self.shape[2]), device=self.device)
+        if isinstance(positions, Tensor) and positions.dim() == 1 and isinstance(new, Tensor) and new.dim() == 4:
+            along_length = all(isinstance(part, slice) and part == full for part in (*index[:2], *index[3:]))
+            counts = positions.dtype == torch.int64 and bool((positions >= 0).all())
+            if along_length and counts and new.shape[2] == len(positions):
+                self.index_copy_(2, positions, new.expand(*self.shape[:2], *new.shape[2:]).to(self.dtype))
+                return
+        log.warning(_PACKED_ANEW)
+        rewrite(self, lambda dense: dense.__setitem__(index, new))
 
     def repeat_interleave(  # type: ignore[override]
         self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
@@ -116,8 +130,12 @@ class PackedTensor(torch.Tensor):
         memo[id(self)] = result = PackedTensor(self.packed_storage.copy(self._stored()), self.shape[2])
         return result
 
+    def __copy__(self) -> Tensor:
+        return self.detach()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a packed tensor is not pickled: save the cache with tqc.save_cache(cache, path)")
+        log.warning("a packed tensor is pickled as a dense one; tqc.save_cache(cache, path) keeps a cache packed")
+        return self.dequantize().__reduce_ex__(protocol)
 
     def _stored(self) -> int:
         """How many of the tokens are stored; fewer than the length in a preallocated cache."""
@@ -129,12 +147,12 @@ class PackedTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None and not _is_fake(args):
+        if handler is not None and isinstance(args[0], PackedTensor | list) and not _is_fake(args):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func is aten.detach.default:
-            return PackedTensor(args[0].packed_storage, args[0].shape[2])
+        if func in (aten.detach.default, aten.alias.default):
+            return _view_of_all(args[0])
         arguments = arguments_of(func)
         named = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
         for argument in arguments:
@@ -164,12 +182,30 @@ def _handles(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_handles(aten.cat.default)
 def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
-    first, *rest = tensors
-    if dim not in (2, -2) or not isinstance(first, PackedTensor) or any(isinstance(t, PackedTensor) for t in rest):
+    first, *rest = [t for t in tensors if t.shape != (0,)]  # which `cat` ignores
+    if not isinstance(first, PackedTensor) or any(t.dtype != first.dtype or t.dim() != 4 for t in rest):
         return NotImplemented
-    if any(t.dtype != first.dtype or t.shape[:2] != first.shape[:2] for t in rest):
+    if not rest:
+        return _clone(first)
+    if dim in (0, -4):
+        return _cat_rows([first, *rest])
+    if dim not in (2, -2) or any(t.shape[:2] != first.shape[:2] or t.shape[3] != first.shape[3] for t in rest):
         return NotImplemented
-    return extend(first, fold(torch.cat(rest, dim=2), first.fmt))
+    if any(t.device != first.device for t in rest):
+        return NotImplemented
+    new = torch.cat([t.dequantize() if isinstance(t, PackedTensor) else t for t in rest], dim=2)
+    return extend(first, fold(new, first.fmt))
+
+
+def _cat_rows(tensors: list[Any]) -> Any:
+    """Batches behind each other; they must agree in which tokens are packed."""
+    alike = {(t.shape[1:], t.device, t.fmt, t._stored()) if isinstance(t, PackedTensor) else None for t in tensors}
+    if len(alike) > 1 or None in alike:
+        return NotImplemented
+    parts = [t.packed_storage.copy(t._stored()) for t in tensors]
+    if len({part.packed for part in parts}) > 1:
+        return NotImplemented
+    return PackedTensor(Storage.of_rows(parts), tensors[0].shape[2])
 
 
 def extend(past: PackedTensor, new: Tensor, append: Append = library.append) -> PackedTensor:
@@ -203,23 +239,43 @@ def _append(storage: Storage, new: Tensor, count: int | None, start: Tensor | No
 
 @_handles(aten.slice.Tensor)
 def _slice(x: PackedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
-    size = x.shape[dim]
-    start = 0 if start is None else max(start + size if start < 0 else start, 0)
-    end = size if end is None else min(end + size if end < 0 else end, size)
+    start, end, _ = slice(start, end).indices(x.shape[dim])
     if step != 1:
         return NotImplemented
-    if start == 0 and end == size:
-        return PackedTensor(x.packed_storage, x.shape[2])
-    if dim in (2, -2) and start == 0 and 0 < end <= x.packed_storage.length:
-        return PackedTensor(x.packed_storage, end)
-    if dim == 0:
-        return _select_rows(x, torch.arange(start, max(start, end), device=x.device))
+    if start == 0 and end == x.shape[dim]:
+        return _view_of_all(x)
+    if dim in (2, -2) and start == 0 and end > 0:
+        return view(x, PackedTensor(x.packed_storage, end))
+    if dim in (0, -4):
+        return view(x, _select_rows(x, torch.arange(start, max(start, end), device=x.device)))
     return NotImplemented
+
+
+def _view_of_all(x: PackedTensor) -> PackedTensor:
+    return view(x, PackedTensor(x.packed_storage, x.shape[2]))
+
+
+@_handles(aten.split.Tensor)
+def _split(x: PackedTensor, size: int, dim: int = 0) -> Any:
+    count = x.shape[dim]
+    return (
+        _split_with_sizes(x, [min(size, count - at) for at in range(0, max(count, 1), size)], dim)
+        if size
+        else NotImplemented
+    )
+
+
+@_handles(aten.split_with_sizes.default)
+def _split_with_sizes(x: PackedTensor, sizes: list[int], dim: int = 0) -> Any:
+    if dim not in (0, -4) or sum(sizes) != x.shape[0]:
+        return NotImplemented
+    rows = torch.arange(x.shape[0], device=x.device).split(sizes)
+    return [view(x, _select_rows(x, part)) for part in rows]
 
 
 @_handles(aten.index_select.default)
 def _index_select(x: PackedTensor, dim: int, index: Tensor) -> Any:
-    return _select_rows(x, index) if dim == 0 else NotImplemented
+    return _select_rows(x, index) if dim in (0, -4) else NotImplemented
 
 
 @_handles(aten.index.Tensor)
@@ -227,7 +283,11 @@ def _index(x: PackedTensor, indices: list[Tensor | None]) -> Any:
     rows, *others = indices
     if rows is None or rows.dim() != 1 or any(index is not None for index in others):
         return NotImplemented
-    return _select_rows(x, rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
+    if rows.dtype == torch.bool:
+        return _select_rows(x, rows.nonzero().flatten()) if len(rows) == x.shape[0] else NotImplemented
+    if rows.dtype not in (torch.int64, torch.int32):
+        return NotImplemented
+    return _select_rows(x, torch.where(rows < 0, rows + x.shape[0], rows))
 
 
 @_handles(aten.repeat.default)
@@ -251,27 +311,81 @@ def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs
     if dtype not in (None, x.dtype):
         return NotImplemented
     s = x.packed_storage.copy(x._stored())
+    device = device or x.device
     moved = Storage(s.pages.to(device), s.dense.to(device), s.state.to(device), s.fmt, s.length, s.packed)
     return PackedTensor(moved, x.shape[2])
 
 
 @_handles(aten.zero_.default)
 def _zero_(x: PackedTensor) -> PackedTensor:
-    x.packed_storage.truncate(0)
+    if any(member.shape[2] > x.shape[2] for member in family(x)):
+        rewrite(x, torch.Tensor.zero_)
+    else:
+        writable(x).truncate(0)
     return x
+
+
+@_handles(aten.fill_.Scalar, aten.fill_.Tensor)
+def _fill_(x: PackedTensor, value: Any) -> PackedTensor:
+    if not value:
+        return _zero_(x)
+    rewrite(x, lambda dense: dense.fill_(value))
+    return x
+
+
+@_handles(aten.copy_.default)
+def _copy_(x: PackedTensor, source: Tensor, non_blocking: bool = False) -> PackedTensor:
+    if isinstance(source, PackedTensor) and _takes_over(x, source):
+        hold(family(x), _to_copy(source, device=x.device).packed_storage)
+    else:
+        rewrite(x, lambda dense: dense.copy_(source))
+    return x
+
+
+def _takes_over(x: PackedTensor, source: PackedTensor) -> bool:
+    """Whether `source` may be copied into `x` and its views as it is packed."""
+    same = (x.fmt, x.shape, x.dtype) == (source.fmt, source.shape, source.dtype)
+    return same and all(member.shape[2] <= x.shape[2] for member in family(x))
 
 
 @_handles(aten.index_copy_.default)
 def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> Any:
-    first = int(index[0])
-    if dim not in (2, -2) or index.tolist() != list(range(first, first + len(index))):
-        return NotImplemented
-    if first < 0 or first + len(index) > x.shape[2]:
-        raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
-    write_at(x, fold(source, x.fmt), index)
+    source = source.dequantize() if isinstance(source, PackedTensor) else source
+    if dim in (2, -2) and len(index) and source.shape == (*x.shape[:2], len(index), x.shape[3]):
+        first, end = int(index[0]), int(index[0]) + len(index)
+        consecutive = index.tolist() == list(range(first, end))
+        if consecutive and (first < 0 or end > x.shape[2]):
+            raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
+        held = min(x.packed_storage.length, max(member.shape[2] for member in family(x)))
+        if consecutive and source.dtype == x.dtype and end >= held:
+            writable(x)
+            write_at(x, fold(source, x.fmt), index)
+            return x
+        log.warning(_PACKED_ANEW)
+        rewrite(x, lambda old: old.index_copy_(2, index, source), max(held, int(index.max()) + 1))
+    else:
+        rewrite(x, lambda old: old.index_copy_(dim, index, source))
     return x
 
 
 def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Append = library.append) -> None:
-    """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ..."""
+    """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ...; what is stored
+    behind them is dropped, and nobody else may read there (see `writable`)."""
     _append(x.packed_storage, new, None, start, append)
+
+
+def rewrite(x: PackedTensor, write: Callable[[Tensor], Any], stored: int | None = None, kernels: Any = library) -> None:
+    """Write in any way: decode `x` and its views, write, and pack them anew; nothing has changed if `write` raises.
+
+    Slow, and it codes the same tokens again.
+
+    Args:
+        write: gets the dense tokens that it shall write into.
+        stored: behind how many tokens there are none but zeros; all may be others if None.
+    """
+    members = family(x)
+    length, s = max(member.shape[2] for member in members), x.packed_storage
+    dense = kernels.read(s.pages, s.dense, s.state, length, s.fmt.spec)
+    write(dense[:, :, : x.shape[2]])
+    tokens = fold(dense if stored is None else dense[:, :, :stored], s.fmt)
+    hold(members, pack_storage(tokens, s.fmt, length, kernels.append))

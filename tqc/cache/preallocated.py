@@ -10,27 +10,27 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tqc.cache.packed_tensor import Append, PackedTensor, pack_storage
+from tqc.cache.packed_tensor import Append, PackedTensor, pack_storage, rewrite
 from tqc.format import PackedFormat
+from tqc.format.quantizer import unfold
 from tqc.torch_private import is_view, swap_tensors
 
 log = logging.getLogger(__name__)
 
 
-def rewrite(cache: PackedTensor, positions: Tensor, new: Tensor, kernels: Any) -> None:
-    """Write anywhere: decode the cache, write, and pack it anew. Slow, and it codes the same tokens again."""
+def write_anywhere(cache: PackedTensor, positions: Tensor, new: Tensor, kernels: Any) -> None:
+    """Write `new`, as the format holds it, anywhere, slowly; one position is that of the first of new tokens."""
     log.warning(
         "a packed cache is written out of order (a ring buffer?): it is packed anew at each such call; "
         "options={'skip_layers': ...} leaves it dense"
     )
-    s = cache.packed_storage
-    dense = kernels.read(s.pages, s.dense, s.state, cache.shape[2], s.fmt.spec)
-    dense.index_copy_(2, positions, new)
-    stored = max(s.length, int(positions.max()) + 1)
-    cache.packed_storage = pack_storage(dense[:, :, :stored], s.fmt, dense.shape[2], kernels.append)
-    cache.packed_storage.view(cache)
+    if len(positions) == 1:
+        positions = positions + torch.arange(new.shape[2], device=positions.device)
+    stored = max(cache.packed_storage.length, int(positions.max()) + 1)
+    rewrite(cache, lambda dense: dense.index_copy_(2, positions, unfold(new, cache.fmt)), stored, kernels)
 
 
 def can_become_packed(tensor: Tensor) -> bool:
@@ -48,4 +48,4 @@ def become_packed(tensor: Tensor, stored: int, fmt: PackedFormat, append: Append
     except RuntimeError as error:
         log.warning("a preallocated cache stays dense, its tensor is in use elsewhere: %s", error)
         return
-    tensor.packed_storage.view(tensor)  # type: ignore[attr-defined]
+    tensor.packed_storage.note_reader(tensor, tensor.shape[2])  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.ops.planes import rewind
+from tqc.ops import planes
 from tqc.torch_private import mark_dynamic
 
 # Pages are added by 1/128 of what there is, and by at least 1: spare capacity stays below 0.8 % of a long cache, and
@@ -26,14 +26,14 @@ class Storage:
     `length` and `packed` mirror `state`; they are None where only the device knows them (writes at a `start` tensor).
     """
 
-    __slots__ = ("pages", "dense", "state", "fmt", "_length", "_packed", "_views", "__weakref__")
+    __slots__ = ("pages", "dense", "state", "fmt", "_length", "_packed", "_readers", "__weakref__")
 
     def __init__(
         self, pages: Tensor, dense: Tensor, state: Tensor, fmt: PackedFormat, length: int | None, packed: int | None
     ) -> None:
         self.pages, self.dense, self.state, self.fmt = pages, dense, state, fmt
         self._length, self._packed = length, packed
-        self._views: list[weakref.ref[Tensor]] = []
+        self._readers: list[tuple[weakref.ref[Any], int]] = []  # and how many tokens each reads
 
     @classmethod
     def allocate(
@@ -86,9 +86,16 @@ class Storage:
         self.pages = _dynamic_pages(pages)
 
     def room_behind(self, length: int, count: int) -> Storage:
-        """The storage to append `count` tokens to behind the first `length`: this one, or a copy if others read on."""
-        storage = self._writable(length)
+        """The storage to append `count` tokens to behind the first `length`: this one, or a copy if others read on.
+
+        Where fewer tokens are stored, a copy with zeros up to there."""
+        storage = self._with_just(length)
         storage.reserve(length + count)
+        if gap := length - storage.length:
+            batch, heads, _, dim = storage.dense.shape
+            zeros = storage.dense.new_zeros(batch, heads, gap, dim)
+            with Appending((storage,), (gap,)):
+                planes.append(storage.pages, storage.dense, storage.state, zeros, None, storage.fmt.spec)
         return storage
 
     def copy(self, length: int) -> Storage:
@@ -104,6 +111,14 @@ class Storage:
         copy.truncate(length)
         return copy
 
+    @classmethod
+    def of_rows(cls, parts: Sequence[Storage]) -> Storage:
+        """One storage with the batches of all; `length` and `packed` of all are the same."""
+        first, num_pages = parts[0], min(part.pages.shape[2] for part in parts)
+        pages = torch.cat([part.pages[:, :, :num_pages] for part in parts])
+        dense = torch.cat([part.dense for part in parts])
+        return cls(_dynamic_pages(pages), dense, first.state.clone(), first.fmt, first.length, first.packed)
+
     def select(self, rows: Tensor, length: int) -> Storage:
         """A storage of its own with the first `length` tokens of the given batch rows."""
         pages, dense = self.pages.index_select(0, rows), self.dense.index_select(0, rows)
@@ -112,24 +127,36 @@ class Storage:
         return chosen
 
     def truncate(self, length: int) -> None:
-        """Drop the tokens from `length` on, in place."""
-        if length == self.length:
+        """Drop the tokens from `length` on, in place; no more are there than before."""
+        if length >= self.length:
             return
-        self._packed = rewind(self.pages, self.dense, self.packed, length, self.fmt)
+        self._packed = planes.rewind(self.pages, self.dense, self.packed, length, self.fmt)
         self._length = length
         self.state.copy_(torch.tensor([self._length, self._packed]))
 
-    def view(self, tensor: Tensor) -> None:
-        """Remember that `tensor`, a packed one, reads from here."""
-        if len(self._views) > 4:
-            self._views = [ref for ref in self._views if ref() is not None]
-        self._views.append(weakref.ref(tensor))
+    def note_reader(self, tensor: Tensor, length: int) -> None:
+        """Remember that `tensor`, a packed one, reads the first `length` tokens from here."""
+        if len(self._readers) > 4:
+            self.readers()
+        self._readers.append((weakref.ref(tensor), length))
 
-    def _writable(self, length: int) -> Storage:
-        if length == self.length:
-            return self
-        alive = [tensor for ref in self._views if (tensor := ref()) is not None]
-        if any(tensor.shape[2] > length for tensor in alive):
+    def readers(self) -> list[Any]:
+        """The packed tensors that read from here."""
+        alive = [(ref, length, tensor) for ref, length in self._readers if (tensor := ref()) is not None]
+        alive = [reader for reader in alive if reader[2].packed_storage is self]
+        self._readers = [(ref, length) for ref, length, _ in alive]
+        return [tensor for _, _, tensor in alive]
+
+    @property
+    def has_one_reader(self) -> bool:
+        """Whether that is clear without a look at them."""
+        return len(self._readers) == 1
+
+    def _with_just(self, length: int) -> Storage:
+        """One with these tokens and no more, where nobody reads on: this one or a copy; fewer if fewer are stored."""
+        if any(reads > length for _, reads in self._readers) and any(t.shape[2] > length for t in self.readers()):
+            return self.copy(length)
+        if length > self.length:
             return self.copy(length)
         self.truncate(length)
         return self

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import Appending, Storage
+from tqc.cache.views import writable
 from tqc.execute.instructions import AttendExtend, AttendWrite
 from tqc.execute.regions import Region
 from tqc.execute.subgraph import extract, interface
@@ -195,8 +196,10 @@ class CompiledChain:
         storages = []
         for site in self.sites:
             for cache in (args[site.k_cache], args[site.v_cache]):
-                storage = cache.packed_storage
-                storages.append(storage.room_behind(cache.shape[2], site.count) if site.grows else storage)
+                if site.grows:
+                    storages.append(cache.packed_storage.room_behind(cache.shape[2], site.count))
+                else:
+                    storages.append(writable(cache))
         return storages
 
     def _in_python(self, args: tuple[Any, ...], index: int, tensors: list[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tqc.cache.packed_tensor import PackedTensor
+from tqc.cache.views import writable
 from tqc.execute.instructions import Adopt, Attend, AttendExtend, AttendWrite, Instruction, Pack, Read
 from tqc.execute.split_graph import SplitGraph
 from tqc.ops import PackedValue, example, is_packed
@@ -151,6 +152,8 @@ class CudaGraphs:
     def __call__(self, *args: Any) -> Any:
         if self._gave_up:
             return self._step(*args)
+        for index in self._written:
+            writable(args[index])
         signature = tuple(map(_signature, args, self._roles))
         if signature not in self._recordings:
             if len(self._recordings) == MAX_SIGNATURES:

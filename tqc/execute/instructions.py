@@ -16,6 +16,7 @@ from torch.fx import Node
 from tqc.cache import packed_tensor, preallocated
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import Appending, Storage
+from tqc.cache.views import family, hold, writable
 from tqc.execute.folded_weights import Fold, folded_weights
 from tqc.format import PackedFormat
 from tqc.lowering.provider import Provider
@@ -120,14 +121,14 @@ class AttendWrite(Attention):
         sinks: Tensor | None,
     ) -> Any:
         start = position(positions, query.device)
+        k, v = writable(k_cache), writable(v_cache)
         if _on_host(start) or not self.counted:
-            stored, capacity = k_cache.packed_storage.length, k_cache.shape[2]
+            stored, capacity = k.length, k_cache.shape[2]
             if not is_append(start, key.shape[2], self.counted, stored, capacity, attn_mask):
                 for cache, new in ((k_cache, key), (v_cache, value)):
-                    preallocated.rewrite(cache, start, new, self.provider.kernels)
+                    preallocated.write_anywhere(cache, start, new, self.provider.kernels)
                 k, v = k_cache.packed_storage, v_cache.packed_storage
                 return self.attend(query, k, v, None, None, attn_mask, sinks, _end(k_cache))
-        k, v = k_cache.packed_storage, v_cache.packed_storage
         with Appending((k, v), (None, None)):
             out = self.attend(query, k, v, key, value, attn_mask, sinks, start)
             self.append(k, v, key, value, start)
@@ -156,9 +157,9 @@ class Attend(Attention):
 
 
 def _end(cache: PackedTensor) -> Tensor | None:
-    """Where the tokens of a cache end, if more are stored."""
+    """Where the tokens of a cache end, if more are stored or fewer: then the rest are zeros."""
     length = cache.shape[2]
-    return None if cache.packed_storage.length <= length else torch.tensor([length], device=cache.device)
+    return None if cache.packed_storage.length == length else torch.tensor([length], device=cache.device)
 
 
 def _on_host(x: Tensor) -> bool:
@@ -212,11 +213,12 @@ class Write(Instruction):
         self, cache: PackedTensor, new: Tensor, positions: Tensor | int, attn_mask: Tensor | None
     ) -> PackedTensor:
         cache = cache if self.in_place else cast(PackedTensor, cache.clone())
+        writable(cache)
         start, stored = position(positions, new.device), cache.packed_storage.length
         if is_append(start, new.shape[2], self.counted, stored, cache.shape[2], attn_mask):
             packed_tensor.write_at(cache, new, start, self.provider.kernels.append)
         else:
-            preallocated.rewrite(cache, start, new, self.provider.kernels)
+            preallocated.write_anywhere(cache, start, new, self.provider.kernels)
         return cache
 
 
@@ -276,8 +278,7 @@ class Become(Instruction):
     OPERANDS = ("cache", "new")
 
     def __call__(self, cache: PackedTensor, new: PackedTensor) -> None:
-        cache.packed_storage = new.packed_storage
-        cache.packed_storage.view(cache)
+        hold(family(cache), new.packed_storage)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ def _is_symbolic(held: Any) -> bool:
     return isinstance(held, (torch.SymInt, torch.SymFloat))
 
 
-def split(gm: GraphModule) -> tuple[list[Region], GraphModule]:
-    """The distinct regions of `gm`, and the graph that calls them."""
+def split(gm: GraphModule, outside: Collection[Node] = ()) -> tuple[list[Region], GraphModule]:
+    """The distinct regions of `gm`, and the graph that calls them, with the nodes of `outside` in it."""
     outer = Graph()
     env: dict[Node, Node] = {}
     modules = torch.nn.Module()
@@ -97,8 +97,13 @@ def split(gm: GraphModule) -> tuple[list[Region], GraphModule]:
         for node in gm.graph.nodes
         if node.op == "placeholder" and isinstance(example(node), torch.SymInt)
     }
-    for piece in _pieces(gm.graph):
+    for piece in pieces(gm.graph, outside):
         if isinstance(piece, Node):
+            for source in piece.all_input_nodes:
+                if source.op == "get_attr" and source not in env:
+                    name = str(source.target).replace(".", "_")
+                    setattr(modules, name, operator.attrgetter(str(source.target))(gm))
+                    env[source] = outer.get_attr(name)
             env[piece] = outer.node_copy(piece, env.__getitem__)
             continue
         inputs, outputs = interface(piece)
@@ -116,11 +121,11 @@ def split(gm: GraphModule) -> tuple[list[Region], GraphModule]:
     return list(regions.values()), GraphModule(modules, outer)
 
 
-def _pieces(graph: Graph) -> Iterator[Node | list[Node]]:
-    """Nodes that stay outside, and lists of nodes that form a region, in order."""
+def pieces(graph: Graph, outside: Collection[Node] = ()) -> Iterator[Node | list[Node]]:
+    """Nodes that stay outside, those of `outside` among them, and lists of nodes that form a region, in order."""
     region: list[Node] = []
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or _on_packed(node):
+        if node.op in ("placeholder", "output") or node in outside or _on_packed(node):
             if region and node.op != "placeholder":
                 yield region
                 region = []

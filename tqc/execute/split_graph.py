@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any
 
 from torch.fx import GraphModule
 
 from tqc.execute import chains
+from tqc.execute.aliasing import shared_writes
 from tqc.execute.regions import split
+
+log = logging.getLogger(__name__)
 
 
 class SplitGraph:
@@ -19,10 +24,17 @@ class SplitGraph:
     """
 
     def __init__(self, gm: GraphModule, rest: str, at_once: bool = False) -> None:
-        self.regions, self.outer = split(gm)
+        outside = shared_writes(gm.graph) if rest == "inductor" else set()
+        if outside:
+            log.warning(
+                "%d operations run uncompiled: what is written in place is seen through views across attention",
+                len(outside),
+            )
+        self.regions, self.outer = split(gm, outside)
         self.chains = chains.link(self.outer) if rest == "inductor" else []
         self._forward = self.outer.forward
         self._calls = 0
+        self._compiling = threading.Lock()
         self._lazy = rest == "inductor"
         if self._lazy and (at_once or any(region.symbolic for region in self.regions)):
             self.compile()
@@ -36,7 +48,8 @@ class SplitGraph:
 
     def __call__(self, *args: Any) -> Any:
         if self._lazy:
-            self._calls += 1
-            if self._calls == 2:
-                self.compile()
+            with self._compiling:
+                self._calls += 1
+                if self._lazy and self._calls > 1:
+                    self.compile()
         return self._forward(*args)

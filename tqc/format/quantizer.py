@@ -114,9 +114,9 @@ def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> to
     batch, heads, tokens, dim = x.shape
     rows = x.reshape(batch * heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
     centres = centre.reshape(batch * heads, 1, 1, dim)
-    step = max(1, _CHUNK_ELEMENTS // (rows.shape[0] * PAGE_TOKENS * dim))
+    step = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[0] * PAGE_TOKENS * dim))
     parts = [_encode(part, centres, fmt) for part in rows.split(step, dim=1)]
-    return torch.cat(parts, dim=1).reshape(batch, heads, -1, fmt.page_bytes)
+    return torch.cat(parts, dim=1).reshape(batch, heads, tokens // PAGE_TOKENS, fmt.page_bytes)
 
 
 def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
@@ -131,7 +131,7 @@ def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.T
         step = mean.abs().amax(-1, keepdim=True) / CENTRE_LIMIT
         code = torch.round(mean / step).nan_to_num(0.0, 0.0, 0.0)
         r = r - (code * step).unsqueeze(-2)
-        page[..., 4:8] = step.contiguous().view(torch.uint8)
+        page[..., 4:8] = _recast(step, torch.uint8)
         nibbles = pack_plane((code + CENTRE_ZERO).to(torch.uint8), 4)
         page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2] = nibbles
     r = r.masked_fill(bad, 0.0)
@@ -160,7 +160,7 @@ def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.T
     base = scale.amax(-2, keepdim=True)
     scale_code = _scale_code(scale, base).masked_fill(bad, SCALE_NAN)
 
-    page[..., 0:4] = base.flatten(-2).contiguous().view(torch.uint8)
+    page[..., 0:4] = _recast(base.flatten(-2), torch.uint8)
     page[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS] = scale_code.squeeze(-1)
     codes = codes.to(torch.uint8)
     for width, shift, offset in fmt.planes:
@@ -180,7 +180,7 @@ def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -
         codes = codes | (unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift)
     y = fmt.levels(pages.device)[codes.int()] * token_scales(pages, fmt).unsqueeze(-1)
     if fmt.centred:
-        step = pages[..., 4:8].contiguous().view(torch.float32)
+        step = _recast(pages[..., 4:8], torch.float32)
         code = unpack_plane(pages[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2], 4).float()
         y = y + ((code - CENTRE_ZERO) * step).unsqueeze(-2) + centre.float()[:, :, None, None, :]
     return y.flatten(2, 3)
@@ -188,8 +188,13 @@ def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -
 
 def token_scales(pages: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """Scale of each packed token, float32 [batch, heads, n, 32]."""
-    base = pages[..., 0:4].contiguous().view(torch.float32)
+    base = _recast(pages[..., 0:4], torch.float32)
     return _scale_of(pages[..., fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS], base)
+
+
+def _recast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bytes as another type; `contiguous` would leave the odd strides of a tensor without elements."""
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _finite_mean(y: torch.Tensor) -> torch.Tensor:
