@@ -23,6 +23,16 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# 10,000 mutated cache files: a minute.
+.PHONY: test-fuzz
+test-fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_cache_files.py --write
+
+# The CPU kernels with AddressSanitizer and UBSan, at each level that this machine runs: half an hour, most of it g++.
+.PHONY: test-sanitizers
+test-sanitizers: setup
+	$(BIN)/python benchmarks/sanitizers.py --write
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
