@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROMPT ?= $$(cat docs/demo.txt)
 
-.PHONY: setup demo test test-sessions lint format bench clean
+.PHONY: setup demo test test-models test-sessions test-fuzz test-sanitizers lint format bench clean
 
 setup: $(STAMP)
 
@@ -23,9 +23,21 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# Every architecture of transformers that builds small, an hour or two; writes benchmarks/results/models.json.
+test-models: setup
+	$(BIN)/python -m benchmarks.models
+
 # An hour or so; writes benchmarks/results/sessions.json.
 test-sessions: setup
 	$(BIN)/python -m benchmarks.sessions
+
+# 10,000 mutated cache files: a minute.
+test-fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_cache_files.py --write
+
+# The CPU kernels with AddressSanitizer and UBSan, at each level that this machine runs: half an hour, most of it g++.
+test-sanitizers: setup
+	$(BIN)/python benchmarks/sanitizers.py --write
 
 lint: setup
 	$(BIN)/ruff check .

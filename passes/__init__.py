@@ -63,5 +63,5 @@ def rewrite(gm: GraphModule, config: Config, number: int = 0, keep_texts: bool =
         folder = Path(config.debug_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for order, (name, text) in enumerate(plan.texts.items()):
-            (folder / f"graph{number}.{order}.{name}.txt").write_text(text)
+            (folder / f"graph{number}.{order}.{name}.txt").write_text(text, "utf-8")
     return plan

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import StaticLayer
 
-from tqc.cache.packed_tensor import pack
+from tqc.cache.packed_tensor import PackedTensor, Storage, pack, write_at
 from tqc.format import PackedFormat
 from tqc.ops import planes as ops
 
@@ -55,3 +56,15 @@ def packed_cache(length: int = 100, layers: int = 2, dtype: torch.dtype = torch.
         layer = cache.layers[index]
         layer.keys, layer.values = pack(layer.keys, KEYS), pack(layer.values, VALUES)
     return cache
+
+
+def packed_static_layer(length: int = 90, capacity: int = 200) -> StaticLayer:
+    """Two sequences in KEYS and VALUES with room for more tokens."""
+    layer = StaticLayer(max_cache_len=capacity)
+    layer.lazy_initialization(*states(1))
+    layer.cumulative_length += length
+    for name, fmt, new in zip(("keys", "values"), (KEYS, VALUES), states(length), strict=True):
+        tensor = PackedTensor(Storage.allocate(2, 2, fmt, new.dtype, new.device, capacity), capacity)
+        write_at(tensor, new, torch.tensor([0]))
+        setattr(layer, name, tensor)
+    return layer

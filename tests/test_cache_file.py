@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
-from tests.common import packed_cache
+from tests.common import packed_cache, packed_static_layer, states
+from tests.mutated_files import allowed, mutated, outcome, seeds
 from tqc.cache.io import CacheFileError, load_cache, save_cache
 from tqc.cache.packed_tensor import PackedTensor
 
@@ -41,6 +44,16 @@ def damaged(path: Path, change: Any) -> Path:
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
     save_cache(packed_cache(100, layers=1), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved_static(tmp_path_factory):
+    """90 tokens in a preallocated cache of 200."""
+    path = tmp_path_factory.mktemp("static") / "cache.safetensors"
+    cache = StaticCache(LlamaConfig(num_hidden_layers=1), max_cache_len=200)
+    cache.layers = [packed_static_layer()]
+    save_cache(cache, path)
     return path
 
 
@@ -93,6 +106,7 @@ def _metadata(**fields: Any):
         (_set(spec="tq1:d16"), "malformed spec"),
         (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0"), "version 1"),
         (_set(spec="tq1:d16:b3:centred:s4:w032:hadamard:0"), "malformed spec"),
+        (_set(spec="tq1:d65536:b3:centred:s4:w32:hadamard:0"), "at most 1024, got 65536"),
         (_set(spec="tq1:d16:b9:centred:s4:w32:hadamard:0"), "bits must be"),
         (_set(spec="tq1:d24:b3:centred:s4:w32:hadamard:0"), r"keys.dense of shape \[2, 2, 37, 16\]"),
         (_set(spec="tq1:d16:b4:centred:s4:w32:hadamard:0"), "keys.pages of shape"),
@@ -125,6 +139,115 @@ def test_damaged_files_are_refused(change, message, saved):
     with pytest.raises(CacheFileError, match=message) as error:
         load_cache(path)
     assert str(error.value).startswith(str(path))
+
+
+def _without_room(tensors: dict[str, torch.Tensor], *_: Any) -> None:
+    """As version 1 was first written: a file of that time does not hold the pages that there is room for."""
+    for part in ("keys", "values"):
+        tensors[f"layers.0.{part}.pages"] = tensors[f"layers.0.{part}.pages"][:, :, :2].contiguous()
+
+
+def _capacity(tokens: int):
+    def change(tensors, description, metadata):
+        _without_room(tensors)
+        layer = description["layers"][0]
+        for part in (layer["keys"], layer["values"]):
+            part["length"] = tokens
+        layer["max_cache_len"] = tokens
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_capacity(2**24), "has room for tokens of .* bytes that it does not hold"),
+        (_capacity(2**20), "has room for tokens of .* bytes that it does not hold"),
+        (_capacity(2**24 + 1), "tokens long"),
+        (_layer(max_cache_len=199), "keys for 200 tokens"),
+        (_layer(cumulative_length=91), r"\[90, 90\] of them stored"),
+        (_layer(cumulative_length=201), r"\[90, 90\] of them stored"),
+        (_state(89, 64), r"\[89, 90\] of them stored"),
+        (_state(92, 64), r"\[92, 90\] of them stored"),
+        (_tensor("keys.pages", lambda x: x[:, :, :5]), "keys.pages of shape"),
+        (_layer(keys=None, values=None), "counts tokens in layers.0, which has no keys"),
+        (_layer(keys=None, values=None, cumulative_length=0, max_cache_len=2**40), "which no cache has"),
+    ],
+)
+def test_preallocated_caches_that_do_not_add_up(change, message, saved_static):
+    with pytest.raises(CacheFileError, match=message):
+        load_cache(damaged(saved_static, change))
+
+
+def test_a_crop_lowers_the_count_alone(saved_static):
+    assert load_cache(damaged(saved_static, _layer(cumulative_length=50))).get_seq_length() == 50
+
+
+def test_preallocated_caches_without_their_room(saved_static):
+    layers = [load_cache(path).layers[0] for path in (saved_static, damaged(saved_static, _without_room))]
+    for name in ("keys", "values"):
+        one, other = (getattr(layer, name) for layer in layers)
+        assert one.pages.shape == other.pages.shape and torch.equal(one.pages, other.pages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("dynamic", {"cumulative_length": 14}),
+        ("dynamic", {"cumulative_length": 0}),
+        ("dynamic", {"sliding_window": 20}),
+        ("dynamic", {"sliding_window": 8}),
+        ("dynamic", {"sliding_window": 0}),
+        ("static", {"cumulative_length": 17}),
+        ("static", {"cumulative_length_int": 5}),
+        ("static", {"max_cache_len": 17}),
+    ],
+)
+def test_counts_of_sliding_layers(kind, changed, tmp_path):
+    cache = DynamicCache()
+    dynamic = kind == "dynamic"
+    cache.layers = [DynamicSlidingWindowLayer(16) if dynamic else StaticSlidingWindowLayer(64, sliding_window=16)]
+    cache.layers[0].update(*states(20))
+    save_cache(cache, tmp_path / "cache")
+    load_cache(tmp_path / "cache")
+    with pytest.raises(CacheFileError, match="and states|which no cache has"):
+        load_cache(damaged(tmp_path / "cache", _layer(**changed)))
+
+
+def test_more_memory_than_there_is(saved, monkeypatch):
+    monkeypatch.setattr("tqc.cache.file._free_memory", lambda device: 10_000)
+    with pytest.raises(CacheFileError, match=r"needs \d+ bytes of memory on cpu, where 10000 are free"):
+        load_cache(saved)
+
+
+def test_headers_that_would_take_more_memory_than_the_file(saved, tmp_path):
+    """Twenty times as much, if it is read."""
+    path = damaged(saved, lambda t, d, m: d["layers"].extend([[]] * 3_000_000))
+    with pytest.raises(CacheFileError, match="bytes of header, more than"):
+        load_cache(path)
+    content = damaged(saved, lambda t, d, m: d["layers"].extend([[]] * 500_000)).read_bytes()
+    result, peak = outcome(content, tmp_path / "large")
+    assert result == "refused" and (peak or 0) < allowed(content)
+
+
+def test_errors_of_the_system_name_the_path(tmp_path):
+    for path in (tmp_path, tmp_path / "missing", "/dev/null"):
+        with pytest.raises(OSError, match=str(path)) as caught:
+            load_cache(path)
+        assert caught.value.errno
+
+
+def test_mutated_files_load_or_raise_one_error(tmp_path):
+    """`make test-fuzz` takes more of them."""
+    contents = [path.read_bytes() for path in seeds(tmp_path)]
+    results = set()
+    for number in range(400):
+        r = random.Random(number)
+        content = mutated(r.choice(contents), r)
+        result, peak = outcome(content, tmp_path / "mutated")
+        assert (peak or 0) < allowed(content), number
+        results.add(result)
+    assert results == {"loaded", "refused"}
 
 
 def test_files_that_are_cut_short(saved, tmp_path):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import tqc
-from tests.common import KEYS, VALUES, packed_cache, states
+from tests.common import packed_cache, packed_static_layer, states
 from tqc.cache.io import cache_bytes, load_cache, save_cache
-from tqc.cache.packed_tensor import PackedTensor, Storage, write_at
+from tqc.cache.packed_tensor import PackedTensor, pack, write_at
+from tqc.format import PackedFormat
 
 OPTIONS = {"provider": "reference", "rest": "eager", "residual_window": 32, "bits_k": 4, "bits_v": 4}
 
@@ -121,13 +128,7 @@ def test_static_cache(tmp_path):
 
 
 def test_packed_static_cache_keeps_its_capacity(tmp_path):
-    layer = StaticLayer(max_cache_len=200)
-    layer.lazy_initialization(*states(1))
-    layer.cumulative_length += 90
-    for name, fmt, new in zip(("keys", "values"), (KEYS, VALUES), states(90), strict=True):
-        storage = Storage.allocate(2, 2, fmt, new.dtype, new.device, 200)
-        setattr(layer, name, PackedTensor(storage, 200))
-        write_at(getattr(layer, name), new, torch.tensor([0]))
+    layer = packed_static_layer()
     cache = StaticCache(tiny().config, 200)
     cache.layers = [layer]
     loaded = round_trip(cache, tmp_path).layers[0]
@@ -157,6 +158,33 @@ def test_a_prefix_is_saved_without_the_tokens_behind_it(tmp_path):
     loaded = load_cache(tmp_path / "cache.safetensors").layers[0].keys
     assert loaded.packed_storage.length == 60 and behind.packed_storage.length == 100
     assert torch.equal(loaded.dequantize(), cache.layers[0].keys.dequantize())
+
+
+def test_pages_that_outlive_dropped_tokens(tmp_path):
+    """A wide window: more pages are in use than so many tokens would have packed."""
+    cache = packed_cache(300, layers=1)
+    layer = cache.layers[0]
+    fmt = PackedFormat(16, 4, True, 4, 96)
+    layer.keys, layer.values = (pack(dense, fmt) for dense in states(300))
+    cache.crop(-60)
+    for tensor in (layer.keys, layer.values):
+        tensor.packed_storage.truncate(240)
+        assert tensor.packed_storage.packed > fmt.packed_tokens(240)
+    loaded = round_trip(cache, tmp_path)
+    for held in (cache, loaded):
+        held.update(*states(90), 0)
+    assert_same(cache, loaded)
+
+
+def test_room_is_saved_as_zeros(tmp_path):
+    cache = StaticCache(tiny().config, 200)
+    cache.layers = [packed_static_layer()]
+    for tensor in (cache.layers[0].keys, cache.layers[0].values):
+        tensor.pages[:, :, tensor.packed_storage.packed // 32 :] = 99  # what was in memory before
+    save_cache(cache, tmp_path / "cache.safetensors")
+    with safe_open(tmp_path / "cache.safetensors", framework="pt") as file:
+        pages = file.get_tensor("layers.0.keys.pages")
+    assert pages.shape[2] == 6 and pages[:, :, :2].any() and not pages[:, :, 2:].any()
 
 
 def test_loading_copies_out_of_the_file(tmp_path):
@@ -221,6 +249,96 @@ def test_encoder_decoder_generation_goes_on(tmp_path):
     ]
     assert torch.equal(texts[0].sequences, texts[1].sequences)
     torch.compiler.reset()
+
+
+# Paths
+
+
+def test_threads_save_to_one_path(tmp_path):
+    path, caches = tmp_path / "cache.safetensors", [packed_cache(length) for length in (40, 60, 80)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda i: save_cache(caches[i % 3], path), range(60)))
+    assert_same(load_cache(path), next(c for c in caches if c.get_seq_length() == load_cache(path).get_seq_length()))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    for name in ("n" * 255, "é" * 127):
+        save_cache(packed_cache(), tmp_path / name)
+        load_cache(tmp_path / name)
+    with pytest.raises(OSError, match="n" * 256) as caught:
+        save_cache(packed_cache(), tmp_path / ("n" * 256))
+    assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_symbolic_links_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    file, link, chain = tmp_path / "there" / "file", tmp_path / "link", tmp_path / "chain"
+    link.symlink_to("there/file")
+    chain.symlink_to(link)
+    for path, length in ((link, 40), (chain, 50)):
+        save_cache(packed_cache(length, layers=1), path)
+        assert link.is_symlink() and chain.is_symlink() and not file.is_symlink()
+        assert load_cache(file).get_seq_length() == length
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="loop"):
+        save_cache(packed_cache(), loop)
+    assert loop.is_symlink()
+
+
+def test_paths_that_cannot_be_written_are_named_and_what_was_there_stays(tmp_path):
+    missing, file, folder = tmp_path / "missing" / "cache", tmp_path / "file", tmp_path / "folder"
+    file.write_text("a file")
+    folder.mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in (
+        (missing, FileNotFoundError),
+        (file / "cache", NotADirectoryError),
+        (folder, IsADirectoryError),
+        (tmp_path / "fifo", OSError),
+    ):
+        with pytest.raises(kind) as caught:
+            save_cache(packed_cache(), path)
+        assert caught.value.filename == str(path) and str(path) in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "fifo"}
+
+
+DISK_FULL = """
+import pathlib, resource, signal, sys, tqc
+from tests.common import packed_cache
+path = pathlib.Path(sys.argv[1])
+tqc.save_cache(packed_cache(50), path)
+before = path.read_bytes()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    tqc.save_cache(packed_cache(900), path)
+except OSError as error:
+    assert error.filename == str(path), error
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    print("as before")
+"""
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    command = [sys.executable, "-c", DISK_FULL, str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "as before\n", done.stderr
+
+
+def test_the_file_is_on_the_disk_before_it_has_its_name_and_then_its_folder(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(handle, really=os.fsync):
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), (tmp_path / "cache").exists()))
+        really(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_cache(packed_cache(), tmp_path / "cache")
+    (first, exists), last = synced
+    assert Path(first).parent == tmp_path and not exists
+    assert last == (str(tmp_path), True)
 
 
 # What cannot be saved

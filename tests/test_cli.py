@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,13 +46,22 @@ def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
         (["eval", "k9v2"], ["bits_k", "9", "1 to 8"]),
         (["eval", "--text", "./missing"], ["--text", "./missing", "No such file"]),
         (["eval", "--tokens", "-5"], ["--tokens", "-5", "at least 1"]),
+        (["eval", "--text", "NOT-UTF-8"], ["--text", "latin.txt", "not UTF-8", "byte 3"]),
+        (["eval", "--plot", "./missing/plot.png"], ["--plot", "./missing/plot.png", "no such folder"]),
         (["run", " "], ["PROMPT", "empty"]),
+        (["run", "caf\udce9"], ["PROMPT", "not UTF-8", "caf\\xe9"]),
+        (["compare", "caf\udce9"], ["PROMPT", "not UTF-8", "caf\\xe9"]),
+        (["explain", "caf\udce9"], ["PROMPT", "not UTF-8", "caf\\xe9"]),
         (["run", "x", "--model", "./missing"], ["./missing", "no such file or folder"]),
         (["compare", "x", "--model", "./missing"], ["./missing", "no such file or folder"]),
         (["explain", "--model", "./missing"], ["./missing", "no such file or folder"]),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(args: list[str], words: list[str], monkeypatch, capsys) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    args: list[str], words: list[str], monkeypatch, capsys, tmp_path
+) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    args = [str(tmp_path / "latin.txt") if arg == "NOT-UTF-8" else arg for arg in args]
     code, out, err = call(monkeypatch, capsys, *args)
     assert (code, out) == (2, "")
     assert err.startswith("tqc: ") and err.count("\n") == 1
@@ -72,6 +82,20 @@ def test_help_needs_neither_torch_nor_a_second() -> None:
     assert done.returncode == 0, done.stderr
     assert "compare" in done.stdout
     assert time.perf_counter() - start < 5
+
+
+def test_a_prompt_that_is_not_utf8_from_a_shell() -> None:
+    script = "import sys, tqc.cli.app; sys.argv[0] = 'tqc'; tqc.cli.app.main()"
+    done = subprocess.run([sys.executable, "-c", script, "run", b"caf\xe9"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert "PROMPT is not UTF-8" in done.stderr
+
+
+def test_text_that_a_locale_cannot_show_is_printed_as_far_as_it_can() -> None:
+    script = "import sys, tqc.cli.app as cli; cli.app = lambda **_: print('caf\\xe9'); cli.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "caf?\n"), done.stderr
 
 
 def test_info_shows_presets_and_providers(monkeypatch, capsys, tmp_path: Path) -> None:

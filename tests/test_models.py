@@ -79,6 +79,17 @@ def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch) -> Non
         models.embedded_gguf()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_file_is_one_line_that_names_the_model(name: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    for content in (b"", b"{", (folder / name).read_bytes()[:-100], b"\xff" * 100):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ModelError, match=str(folder)) as caught:
+            models.load(str(folder))
+        assert "\n" not in str(caught.value)
+
+
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TQC_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

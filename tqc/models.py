@@ -145,11 +145,11 @@ def _from_pretrained(source: str, dtype: str, gguf_file: str | None = None) -> t
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # damaged files make readers raise whatever
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ModelError(f"model {name!r} has no tokenizer that loads: {_first_line(error)}") from error
     return model.eval(), tokenizer
 

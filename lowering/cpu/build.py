@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,7 +27,11 @@ from tqc.lowering.provider import Unavailable
 
 SOURCES = Path(__file__).parent
 MODULE = "_tqc_cpu"
-TIMEOUT_SECONDS = 300
+# A build takes about a minute; on a loaded machine it is left to finish, and only one that hangs is given up.
+PATIENCE_SECONDS = 3600
+NOTICE_SECONDS = 20
+
+log = logging.getLogger(__name__)
 
 # CPU features (as Linux names them) that each level needs, and the compiler flags that go with them.
 _AVX2 = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c", "bmi2": "-mbmi2"}
@@ -77,12 +83,41 @@ def level() -> str:
     return forced
 
 
-def _run(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
-    """Run a compiler; its messages come in English and ASCII, which every locale can show."""
-    environment = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(
-        command, capture_output=True, encoding="ascii", errors="backslashreplace", timeout=timeout, env=environment
-    )
+def _run(command: list[str], timeout: float, notice: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a compiler; its messages come in English and ASCII, which every locale can show.
+
+    It has a session of its own, so that what it started ends with it, whatever ends the wait.
+
+    Args:
+        notice: what is logged once if it takes long.
+
+    Raises:
+        subprocess.TimeoutExpired, OSError: if it takes longer than `timeout` seconds, or cannot be started.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="ascii",
+        errors="backslashreplace",
+        env={**os.environ, "LC_ALL": "C"},
+        start_new_session=True,
+    ) as process:
+        try:
+            try:
+                out, err = process.communicate(timeout=min(timeout, NOTICE_SECONDS))
+            except subprocess.TimeoutExpired:
+                if timeout <= NOTICE_SECONDS:
+                    raise
+                if notice:
+                    log.warning(notice)
+                out, err = process.communicate(timeout=timeout - NOTICE_SECONDS)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _compiler() -> tuple[list[str], str]:
@@ -164,7 +199,9 @@ def _build(command: list[str], flags: list[str], folder: Path, name: str) -> Pat
     handle, temporary = tempfile.mkstemp(prefix=f"{name}.", dir=folder)
     os.close(handle)
     try:
-        done = _run([*command, *flags, str(SOURCES / "module.cpp"), *libraries, "-o", temporary], TIMEOUT_SECONDS)
+        build = [*command, *flags, str(SOURCES / "module.cpp"), *libraries, "-o", temporary]
+        notice = f"{command[0]} is compiling the CPU kernels, once for all later runs; they will be in {folder}"
+        done = _run(build, PATIENCE_SECONDS, notice)
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-8:])
             raise BuildError(f"{shlex.join(command)} could not build the CPU kernels:\n{last}")

@@ -228,7 +228,7 @@ inline float quantize_query(int8_t* out, int32_t* sum, const float* q, int ld) {
     const vi q8 = nearest(load(q + i) * inverse);
     const vw bytes = __builtin_convertvector(q8, vw);
     memcpy(out + i, &bytes, W);
-    total += q8;
+    total += (vi)((vu)q8 << 24) >> 24;  // of the byte: a query that is not finite has no integers that could be added
   }
   *sum = 0;
   for (int i = 0; i < W; ++i) *sum += total[i];

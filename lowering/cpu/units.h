@@ -47,9 +47,9 @@ inline vb shifted(vb x) {
 
 // A plane of pages that follow each other.
 struct Rows {
-  const uint8_t* first;
-  int64_t page_bytes;
-  int stride;
+  const uint8_t* first = nullptr;
+  int64_t page_bytes = 0;
+  int stride = 0;
   const uint8_t* at(int t) const { return first + t / PAGE * page_bytes + t % PAGE * stride; }
 };
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.cache.storage import Storage
+from tqc.cache.storage import MIN_PAGES, Storage, dynamic_pages
 from tqc.config import cacheable_dtype
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.torch_private import LAYER_COUNTERS, fill_layer, layer_counters, new_layer
@@ -18,6 +20,10 @@ from tqc.torch_private import LAYER_COUNTERS, fill_layer, layer_counters, new_la
 FILE_VERSION = 1
 # A preallocated cache states its capacity; no more tokens than this are believed.
 MAX_TOKENS = 1 << 24
+# Bytes that may be allocated for tokens which a file has room for, but does not hold.
+MAX_ROOM = 1 << 25
+# Names, shapes and the description; enough for 2000 layers. Objects of Python take twenty times what JSON does.
+MAX_HEADER_BYTES = 1 << 21
 
 CACHE_KINDS = ("DynamicCache", "StaticCache")
 DENSE_DTYPES = {
@@ -35,12 +41,30 @@ class CacheFileError(ValueError):
 
 
 class CacheFile:
-    """An open file. `cache`, `layer` and `tensor` check a part of it and return the function that reads that part."""
+    """An open file. `cache`, `layer` and `tensor` check a part of it and return the function that reads that part.
+
+    Attributes:
+        needed: bytes that reading the parts that have been checked allocates.
+        room: of these, bytes for tokens that the file says there is room for without holding them.
+    """
 
     def __init__(self, handle: Any, device: torch.device) -> None:
         self.handle, self.device = handle, device
         self.names = set(handle.keys())
         self.used: set[str] = set()
+        self.needed = self.room = 0
+
+    def check_whole(self) -> None:
+        """To be called when all parts have been checked, before the first is read."""
+        if unknown := sorted(self.names - self.used):
+            raise CacheFileError(f"holds a tensor that belongs to nothing: {unknown[0]!r}")
+        if self.room > MAX_ROOM:
+            raise CacheFileError(
+                f"says that it has room for tokens of {self.room} bytes that it does not hold; {MAX_ROOM} are believed"
+            )
+        free = _free_memory(self.device)
+        if free is not None and self.needed > free:
+            raise CacheFileError(f"needs {self.needed} bytes of memory on {self.device}, where {free} are free")
 
     def description(self) -> Any:
         metadata = self.handle.metadata() or {}
@@ -96,8 +120,10 @@ class CacheFile:
             raise CacheFileError(f"has only one of keys and values for {name}")
         if keys is not None and values is not None:
             _check_layer(kind, numbers, keys, values, name)
-        elif kind.startswith("Static") and any(numbers[n] for n in numbers if n != "max_cache_len"):
+        elif any(numbers[n] for n in numbers if n.startswith("cumulative_length")):
             raise CacheFileError(f"counts tokens in {name}, which has no keys")
+        if numbers.get("max_cache_len", 0) > MAX_TOKENS or numbers.get("sliding_window", 1) < 1:
+            raise CacheFileError(f"states {numbers} for {name}, which no cache has")
         return lambda: _new_layer(kind, numbers, keys and keys.read(), values and values.read())
 
     def tensor(self, found: Any, name: str) -> _Part | None:
@@ -108,6 +134,9 @@ class CacheFile:
             shape, dtype = self._part(name)
             if dtype not in DENSE_DTYPES:
                 raise CacheFileError(f"has {name} of dtype {dtype}, which no cache has")
+            if math.prod(max(size, 1) for size in shape) >= 2**62:
+                raise CacheFileError(f"has {name} of shape {shape}, which no tensor has")
+            self.needed += math.prod(shape) * DENSE_DTYPES[dtype].itemsize
             return _Part(shape, dtype, None, lambda: self._read(name))
         if kind != "packed":
             raise CacheFileError(f"has {name} of unknown kind {kind!r}")
@@ -130,14 +159,21 @@ class CacheFile:
         lowest, highest = fmt.packed_tokens(stored), max(0, stored - fmt.sink_tokens)
         if packed % PAGE_TOKENS or not lowest <= packed <= highest:
             raise CacheFileError(f"says that {packed} of the {stored} tokens of {name} are packed, which cannot be")
-        self._expect(f"{name}.pages", [batch, heads, packed // PAGE_TOKENS, fmt.page_bytes], "U8")
+        # Version 1 was first written without the pages that a preallocated cache has room for.
+        used, full = packed // PAGE_TOKENS, max(packed, fmt.packed_tokens(length)) // PAGE_TOKENS
+        held = full if self._part(f"{name}.pages")[0][2:3] == [full] else used
+        self._expect(f"{name}.pages", [batch, heads, held, fmt.page_bytes], "U8")
+        num_pages = max(MIN_PAGES, full)
+        page_bytes = batch * heads * fmt.page_bytes
+        self.needed += num_pages * page_bytes + math.prod(shape) * DENSE_DTYPES[dtype].itemsize
+        self.room += (num_pages - max(MIN_PAGES, held)) * page_bytes
 
         def read() -> PackedTensor:
-            s = Storage.allocate(batch, heads, fmt, DENSE_DTYPES[dtype], self.device, length)
-            s.pages[:, :, : packed // PAGE_TOKENS] = self.handle.get_tensor(f"{name}.pages").to(self.device)
-            s.dense.copy_(self.handle.get_tensor(f"{name}.dense"))
-            s.state.copy_(torch.tensor([stored, packed]))
-            return PackedTensor(Storage(s.pages, s.dense, s.state, fmt, stored, packed), length)
+            pages = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=self.device)
+            pages[:, :, :used] = self.handle.get_tensor(f"{name}.pages")[:, :, :used].to(self.device)
+            state = torch.tensor([stored, packed], device=self.device)
+            storage = Storage(dynamic_pages(pages), self._read(f"{name}.dense"), state, fmt, stored, packed)
+            return PackedTensor(storage, length)
 
         return _Part([batch, heads, length, fmt.head_dim], dtype, stored, read)
 
@@ -171,18 +207,35 @@ def _check_layer(kind: str, numbers: dict[str, int], keys: _Part, values: _Part,
     if keys.dtype != values.dtype or keys.shape[:3] != values.shape[:3] or len(keys.shape) != len(values.shape):
         raise CacheFileError(f"has keys {keys.shape} {keys.dtype} and values {values.shape} {values.dtype} in {name}")
     if keys.shape == values.shape == [0] and kind.startswith("Dynamic"):
+        if numbers.get("cumulative_length"):
+            raise CacheFileError(f"counts tokens in {name}, which has no keys")
         return  # initialized, nothing stored yet
     if len(keys.shape) != 4:
         raise CacheFileError(f"has keys of shape {keys.shape} in {name}, not [batch, heads, length, head_dim]")
     length = keys.shape[2]
+    stored = [part.stored for part in (keys, values) if part.stored is not None]
+    if len(set(stored)) > 1 or not _can_have_counted(kind, numbers, length, stored):
+        raise CacheFileError(f"has keys for {length} tokens in {name}, {stored} of them stored, and states {numbers}")
+
+
+def _can_have_counted(kind: str, numbers: dict[str, int], length: int, stored: list[int]) -> bool:
+    """Whether a layer with keys for `length` tokens, `stored` of them in its packed parts, can be at these counters."""
+    count = numbers.get("cumulative_length", 0)
     if kind.startswith("Static"):
-        if length != numbers["max_cache_len"] or numbers.get("cumulative_length", 0) > length:
-            raise CacheFileError(f"has keys for {length} tokens in {name}, which states {numbers}")
-        return
-    if any(part.stored not in (None, length) for part in (keys, values)):
-        raise CacheFileError(f"has keys for {length} tokens in {name}, but fewer are stored")
-    if length > numbers.get("cumulative_length", length) or numbers.get("sliding_window", 1) < 1:
-        raise CacheFileError(f"has keys for {length} tokens in {name}, which states {numbers}")
+        if length != numbers["max_cache_len"]:
+            return False
+        if kind == "StaticLayer":
+            return count <= min([length, *stored])
+        # Once full, it counts on in Python alone; 5.0 counts there from the start.
+        total = numbers.get("cumulative_length_int")
+        return total is None or (count <= length and (count == total or total > length))
+    if any(number != length for number in stored):
+        return False
+    if kind == "DynamicSlidingWindowLayer":
+        window = numbers["sliding_window"]
+        kept = min(count, window - 1) if window > 1 else count
+        return kept <= length <= (count if numbers.get("record_past") else kept)
+    return True
 
 
 def _new_cache(kind: str, grows: bool, layers: list[Any]) -> Any:
@@ -244,3 +297,15 @@ def _format(spec: str, name: str) -> PackedFormat:
     if str(fmt) != spec:
         raise CacheFileError(f"has a malformed spec for {name}: {spec!r}")
     return fmt
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on `device`; None where nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines() if device.type == "cpu" else []
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

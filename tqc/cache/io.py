@@ -8,16 +8,21 @@ object which says what the tensors are:
          "keys": {"kind": "packed", "spec": "tq1:d64:b3:centred:s4:w64:hadamard:0", "length": 100},
          "values": {"kind": "dense"}}]}
 
-A packed tensor `layers.0.keys` is stored as `layers.0.keys.pages` (those in use, no spare ones), `layers.0.keys.dense`
-and `layers.0.keys.state` (see `tqc.format`), a dense one under its own name. An `EncoderDecoderCache` holds two caches
+A packed tensor `layers.0.keys` is stored as `layers.0.keys.pages` (those in use, and zeros where a preallocated cache
+has room; no spare ones), `layers.0.keys.dense` and `layers.0.keys.state` (see `tqc.format`), a dense one under its own
+name. An `EncoderDecoderCache` holds two caches
 with the prefixes `self_attention.` and `cross_attention.`; a plain tuple of layers has kind `tuple`, and each of its
 layers is a list of tensors (`layers.0.0`, `layers.0.1`, ...).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import re
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.cache.file import CACHE_KINDS, DENSE_DTYPES, FILE_VERSION, CacheFile, CacheFileError
+from tqc.cache.file import CACHE_KINDS, DENSE_DTYPES, FILE_VERSION, MAX_HEADER_BYTES, CacheFile, CacheFileError
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.format import PAGE_TOKENS
 from tqc.torch_private import LAYER_COUNTERS, cache_grows, layer_counters
@@ -70,22 +75,54 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
     Args:
         cache: a DynamicCache, a StaticCache, an EncoderDecoderCache of such, or a tuple of layers, each a tuple of
             tensors.
+        path: a symbolic link stays, and what it leads to is written.
 
     Raises:
         TypeError: for another kind of cache, or a layer of a kind not in `LAYER_COUNTERS`; the message names it.
+        OSError: if the file cannot be written, as `open` would raise it; what was at `path` is still there then.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     description = _describe(cache, "", tensors)
     metadata = {"tqc_cache": str(FILE_VERSION), "cache": json.dumps(description)}
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write(tensors, metadata, Path(os.path.realpath(path)))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from None
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write a safetensors file that is whole on the disk before it gets its name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if path.exists() and not path.is_file():  # a device, say, which a file must not replace
+        code = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(code, os.strerror(code))
+    # Threads may save to one path at a time, and the name may be as long as a name can be.
+    unfinished = path.with_name(f".tqc-{uuid.uuid4().hex}")
     try:
         save_file(tensors, unfinished, metadata=metadata)
+        _sync(unfinished)
         unfinished.replace(path)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # it tells in no other way what the system said
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else str(error)) from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+    with contextlib.suppress(OSError):  # some file systems cannot
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _describe(cache: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -139,7 +176,12 @@ def _describe_tensor(tensor: Tensor | None, name: str, tensors: dict[str, Tensor
     storage, length = tensor.packed_storage, tensor.shape[2]
     if length < storage.length:
         storage = storage.copy(length)
-    tensors[f"{name}.pages"] = _own(storage.pages[:, :, : storage.packed // PAGE_TOKENS])
+    used, full = (
+        tokens // PAGE_TOKENS for tokens in (storage.packed, storage.fmt.packed_tokens(length, storage.packed))
+    )
+    pages = torch.zeros(*storage.pages.shape[:2], full, storage.fmt.page_bytes, dtype=torch.uint8)
+    pages[:, :, :used] = storage.pages[:, :, :used]
+    tensors[f"{name}.pages"] = pages
     tensors[f"{name}.dense"] = _own(storage.dense)
     tensors[f"{name}.state"] = _own(storage.state)
     return {"kind": "packed", "spec": str(storage.fmt), "length": length}
@@ -152,7 +194,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 def load_cache(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Any:
     """Read a cache that `save_cache` wrote. No code from the file is run, and nothing is allocated before all sizes
-    have been checked.
+    have been checked; a file makes a process allocate about its own size.
 
     Args:
         device: where its tensors go; the CPU if None.
@@ -161,18 +203,24 @@ def load_cache(path: str | os.PathLike[str], device: torch.device | str | None =
         A cache of the kind that was saved.
 
     Raises:
-        CacheFileError: if the file is not such a cache, is damaged or is of a newer version.
+        CacheFileError: if the file is not such a cache, is damaged, is of a newer version or needs more memory than is
+            free.
         OSError: if it cannot be opened.
     """
     from safetensors import SafetensorError, safe_open
 
+    with open(path, "rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise CacheFileError(f"{path} is not a tqc cache: {header} bytes of header, more than {MAX_HEADER_BYTES}")
     try:
         with safe_open(path, framework="pt") as handle:
             file = CacheFile(handle, torch.device(device or "cpu"))
             build = file.cache(file.description(), "")
-            if unknown := sorted(file.names - file.used):
-                raise CacheFileError(f"holds a tensor that belongs to nothing: {unknown[0]!r}")
+            file.check_whole()
             return build()
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), os.fspath(path)) from None
     except SafetensorError as error:
         raise CacheFileError(f"{path} is not a tqc cache, or it is truncated: {error}") from None
     except CacheFileError as error:

@@ -17,7 +17,7 @@ from tqc.torch_private import mark_dynamic
 # growing copies 128 tokens' worth of codes for each one that is packed.
 _GROWTH = 128
 _MIN_SPARE_PAGES = 1
-_MIN_PAGES = 2  # a size of 1 would be a constant to dynamo
+MIN_PAGES = 2  # a size of 1 would be a constant to dynamo
 
 
 class Storage:
@@ -40,11 +40,11 @@ class Storage:
         cls, batch: int, heads: int, fmt: PackedFormat, dtype: torch.dtype, device: torch.device, tokens: int
     ) -> Storage:
         """Empty storage with room for `tokens` tokens and some more."""
-        num_pages = max(_MIN_PAGES, fmt.packed_tokens(tokens) // PAGE_TOKENS + _MIN_SPARE_PAGES)
+        num_pages = max(MIN_PAGES, fmt.packed_tokens(tokens) // PAGE_TOKENS + _MIN_SPARE_PAGES)
         pages = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=device)
         dense = torch.zeros(batch, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype, device=device)
         state = torch.zeros(2, dtype=torch.int64, device=device)
-        return cls(_dynamic_pages(pages), dense, state, fmt, 0, 0)
+        return cls(dynamic_pages(pages), dense, state, fmt, 0, 0)
 
     @property
     def length(self) -> int:
@@ -83,7 +83,7 @@ class Storage:
         pages = self.pages.new_empty(batch, heads, num_pages, page_bytes)
         used = self.packed // PAGE_TOKENS
         pages[:, :, :used] = self.pages[:, :, :used]
-        self.pages = _dynamic_pages(pages)
+        self.pages = dynamic_pages(pages)
 
     def room_behind(self, length: int, count: int) -> Storage:
         """The storage to append `count` tokens to behind the first `length`: this one, or a copy if others read on.
@@ -101,7 +101,7 @@ class Storage:
     def copy(self, length: int) -> Storage:
         """A storage of its own with the first `length` tokens."""
         copy = Storage(
-            _dynamic_pages(self.pages.clone()),
+            dynamic_pages(self.pages.clone()),
             self.dense.clone(),
             self.state.clone(),
             self.fmt,
@@ -122,7 +122,7 @@ class Storage:
     def select(self, rows: Tensor, length: int) -> Storage:
         """A storage of its own with the first `length` tokens of the given batch rows."""
         pages, dense = self.pages.index_select(0, rows), self.dense.index_select(0, rows)
-        chosen = Storage(_dynamic_pages(pages), dense, self.state.clone(), self.fmt, self.length, self.packed)
+        chosen = Storage(dynamic_pages(pages), dense, self.state.clone(), self.fmt, self.length, self.packed)
         chosen.truncate(length)
         return chosen
 
@@ -194,7 +194,7 @@ class Appending:
                 storage._packed, storage._length = packed, length
 
 
-def _dynamic_pages(pages: Tensor) -> Tensor:
+def dynamic_pages(pages: Tensor) -> Tensor:
     """Tell dynamo that the number of pages varies, so that growth never recompiles."""
     mark_dynamic(pages, 2)
     return pages

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,8 @@ def main() -> None:
     """Entry point: an error in the input is one line on stderr and exit code 2."""
     # The bar over GGUF tensors obeys nothing else, and tqdm reads this when torch imports it.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    if isinstance(sys.stdout, TextIOWrapper):  # a model writes what not every locale can show
+        sys.stdout.reconfigure(errors="replace")
     usage_error: Any = typer.BadParameter.__base__
     try:
         code = app(standalone_mode=False)
@@ -202,11 +205,15 @@ def evaluate(
     try:
         for setting in settings:
             parse_setting(setting)
-        content = Path(text).read_text() if text else None
+        content = Path(text).read_text("utf-8") if text else None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--text {text!r} is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
     except OSError as error:
         raise BadInput(f"--text {text!r} cannot be read: {error.strerror}") from None
+    if plot and not Path(plot).parent.is_dir():
+        raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
     with _status("loading the model") as status:
         loaded, tokenizer = _load(model, dtype)
         try:
@@ -215,14 +222,17 @@ def evaluate(
             )
         except ValueError as error:
             raise BadInput(str(error)) from None
-    if plot:
-        result.plot(plot)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
         from rich import print as rich_print
 
         rich_print(result)
+    if plot:
+        try:
+            result.plot(plot)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--plot {plot!r} cannot be written: {error}") from None
 
 
 @app.command()
@@ -290,6 +300,10 @@ def _load(model: str | None, dtype: str) -> tuple[Any, Any]:
 def _load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
     if not prompt.strip():
         raise BadInput("PROMPT is empty: give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python keeps bytes of arguments that it cannot decode as lone surrogates
+        raise BadInput(f"PROMPT is not UTF-8: {prompt.encode(errors='surrogateescape')!r}") from None
     loaded, tokenizer = _load(model, dtype)
     from tqc.models import encode
 

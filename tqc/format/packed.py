@@ -34,6 +34,8 @@ SCALE_ZERO = 255
 CENTRE_LIMIT = 7
 CENTRE_ZERO = 8
 ALIGNMENT = 16
+# A rotation is a matrix of head_dim x head_dim.
+MAX_HEAD_DIM = 1024
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PackedFormat:
     """How one cached tensor is packed: everything that its bytes depend on, apart from shape and dtype.
 
     Attributes:
-        head_dim: size of one key or value vector; a multiple of 8.
+        head_dim: size of one key or value vector; a multiple of 8, at most 1024.
         bits: width of a code, 1 to 8.
         centred: whether a per-head and per-page mean is taken off before coding (keys).
         sink_tokens: how many tokens at the start stay dense.
@@ -66,6 +68,8 @@ class PackedFormat:
     def __post_init__(self) -> None:
         if self.head_dim < 8 or self.head_dim % 8:
             raise ValueError(f"head_dim must be a multiple of 8, got {self.head_dim}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}")
         if not 1 <= self.bits <= codebook.MAX_BITS:
             raise ValueError(f"bits must be between 1 and {codebook.MAX_BITS}, got {self.bits}")
         if self.sink_tokens < 0:
