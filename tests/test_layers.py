@@ -26,12 +26,16 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"format", "config", "ops", "torch_private"},
     "execute": {"format", "ops", "lowering", "cache", "torch_private"},
     "report": {"passes"},
-    "optimized_module": {"config", "torch_private"},
+    "inner_models": {"torch_private"},
+    "optimized_module": {"config", "inner_models", "torch_private"},
     "backend": {
         *("config", "ops", "passes", "lowering", "cache", "execute"),
         *("report", "optimized_module", "torch_private"),
     },
-    "explainer": {"passes", "cache", "report", "optimized_module", "backend", "torch_private"},
+    "explainer": {
+        *("passes", "cache", "report", "backend"),
+        *("inner_models", "optimized_module", "torch_private"),
+    },
     "tqc": {"config", "cache", "explainer"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "cache"},

@@ -45,6 +45,7 @@ PREALLOCATED = "packing caches that the caller allocated"
 GROWTH = "caches that grow without recompiling"
 GENERATE = "torch.compile(model).generate"
 OPTIONS = "the options of a compiled model"
+INNER = "model.compile where generate calls another model inside"
 REGIONS = "compiling the rest of the graph"
 DIRECT = "direct calls of compiled regions"
 PRODUCTS = "products of few rows without BLAS"
@@ -79,6 +80,17 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "it runs uncompiled; model.compile(backend='tqai') compiles it",
         (
             "torch._dynamo.eval_frame.OptimizedModule",
+            "torch.nn.Module._call_impl",
+            "torch.nn.Module._compiled_call_impl",
+        ),
+    ),
+    INNER: (
+        "that one runs uncompiled; compile it by its own name",
+        (
+            "torch._dynamo.eval_frame.OptimizeContext",
+            "torch._dynamo.eval_frame._TorchDynamoContext",
+            "torch._dynamo.eval_frame.OptimizedModule",
+            "torch._dynamo.eval_frame.innermost_backend",
             "torch.nn.Module._call_impl",
             "torch.nn.Module._compiled_call_impl",
         ),
@@ -272,9 +284,45 @@ def patch_attributes(get: Callable[[Callable[..., Any], Any, str], Any]) -> None
     cls.__getattr__ = lambda self, name: get(original, self, name)
 
 
-def compiled_call(compiled: Any, module: torch.nn.Module) -> Callable[..., Any]:
-    """What runs the call of `module`, hooks included, as `compiled`, which `torch.compile` made of it, would."""
-    return compiled.dynamo_ctx(module._call_impl)
+def patch_compile(made: Callable[[torch.nn.Module, Any], None]) -> None:
+    """Let `made(module, context)` know of each module whose call `Module.compile` compiles from now on, the one that is
+    being compiled included: the first `Module.compile` of a process is what loads this package. `backend_of` and
+    `compiled_call` take the context. The first call counts. No public way."""
+    cls = find("torch._dynamo.eval_frame.OptimizeContext")
+    if cls is None or "_tqc_original" in cls.__dict__:
+        return
+    original = cls._tqc_original = cls.__call__
+
+    def call(context: Any, function: Any) -> Any:
+        compiled = original(context, function)
+        module = getattr(function, "__self__", None)
+        if isinstance(module, torch.nn.Module) and getattr(function, "__func__", None) is torch.nn.Module._call_impl:
+            made(module, context)
+        return compiled
+
+    cls.__call__ = call
+
+
+def compiled_call(context: Any, module: torch.nn.Module) -> Callable[..., Any]:
+    """What runs the call of `module`, hooks included, as a context of dynamo compiles it: what `patch_compile` gives,
+    or the `dynamo_ctx` of a module that `torch.compile` returned."""
+    compile_call = getattr(type(context), "_tqc_original", type(context).__call__)
+    return compile_call(context, module._call_impl)
+
+
+def call_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """What a call of `module` runs, compiled if it is. No public way."""
+    return module._compiled_call_impl or module._call_impl
+
+
+def get_compiled(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What `Module.compile` made of the call of `module`, if anything. No public way."""
+    return module._compiled_call_impl
+
+
+def set_compiled(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Calls of `module` go through `call` from now on; None undoes it, which `Module.compile` cannot."""
+    module._compiled_call_impl = call
 
 
 @contextlib.contextmanager
@@ -290,12 +338,14 @@ def called_through(module: torch.nn.Module, call: Callable[..., Any]) -> Iterato
 
 def backend_of(model: Any) -> tuple[Callable[..., Any], Mapping[str, Any]] | None:
     """The backend that `torch.compile(model)` or `model.compile()` was given, and its keyword arguments; None if the
-    model is not compiled. No public way."""
+    model is not compiled. A context of dynamo may stand for the model. No public way."""
     if _lacking(OPTIONS):
         return None
     from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 
-    if isinstance(model, OptimizedModule):
+    if isinstance(model, _TorchDynamoContext):
+        contexts = [model]
+    elif isinstance(model, OptimizedModule):
         contexts = [model.__dict__.get("dynamo_ctx")]
     else:
         # `Module.compile` keeps a function whose closure holds the dynamo context, and no other trace of it.
