@@ -7,6 +7,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ class Wrapper(torch.nn.Module):
         return self.base_model.generate(*args, **kwargs)
 
 
+class Around(Wrapper):
+    """A loop of one's own around a model that could generate by itself."""
+
+    @torch.no_grad()
+    def generate(self, input_ids, max_new_tokens, **kwargs):
+        cache, step = DynamicCache(), input_ids
+        for _ in range(max_new_tokens):
+            step = self.base_model(step, past_key_values=cache).logits[:, -1:].argmax(-1)
+            input_ids = torch.cat([input_ids, step], 1)
+        return SimpleNamespace(sequences=input_ids, past_key_values=cache)
+
+
 class Loop(torch.nn.Module):
     """A generating loop of one's own, over what neither is compiled nor generates."""
 
@@ -93,6 +106,7 @@ MODELS = {
     "blip2": (blip2, "language_model"),
     "adapter": (lambda: Adapter(llama()), "model"),
     "wrapper": (lambda: Wrapper(llama()), "base_model.model"),
+    "around": (lambda: Around(llama()), "base_model.model"),
 }
 
 

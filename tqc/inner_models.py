@@ -45,7 +45,8 @@ class Calls:
     """The compiled calls of a module and of what is inside it.
 
     Attributes:
-        called: names of the modules that `noting` saw called from outside of any other; "" is the module itself.
+        called: names of the modules that `noting` saw called, of those that are not compiled only if from outside of
+            any other; "" is the module itself.
     """
 
     def __init__(self, module: torch.nn.Module, compiled: Mapping[torch.nn.Module, Callable[..., Any]]) -> None:
@@ -83,7 +84,7 @@ class Calls:
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 nonlocal depth
-                if not depth and names[inner] not in self.called:
+                if (not depth or inner in self.compiled) and names[inner] not in self.called:
                     self.called.append(names[inner])
                 depth += 1
                 try:
@@ -131,6 +132,8 @@ def compile_in_place(module: torch.nn.Module, context: Any) -> None:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.__dict__.pop("generate", None)
         calls = Calls(self, compiled_inside(self))
+        if not calls.compiled:  # in a copy, which torch leaves uncompiled
+            return method(self, *args, **kwargs)
         with calls.noting():
             result = method(self, *args, **kwargs)
         calls.warn_if_unused("generate")

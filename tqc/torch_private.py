@@ -344,7 +344,7 @@ def backend_of(model: Any) -> tuple[Callable[..., Any], Mapping[str, Any]] | Non
     from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 
     if isinstance(model, _TorchDynamoContext):
-        contexts = [model]
+        contexts: list[Any] = [model]
     elif isinstance(model, OptimizedModule):
         contexts = [model.__dict__.get("dynamo_ctx")]
     else:
