@@ -25,6 +25,9 @@ FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
 PACK = "pack"  # attention is over this call's own tokens, and stays; the cache that leaves the graph is packed
 DENSE = "dense"
 
+# The reason of a site that the user wants dense.
+SKIPPED = "named in skip_layers"
+
 
 @dataclass
 class Site:
@@ -47,6 +50,14 @@ class Site:
         """Note on a node of the dialect which site it belongs to: all of a site's nodes get one provider."""
         node.meta |= {"layer": self.layer, "formats": (self.k_fmt, self.v_fmt)}
         return node
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether attention may be over more tokens than those of the call, as an encoder's never is."""
+        query, key = example(self.attention.query), example(self.attention.key)
+        if not isinstance(query, TENSORS) or not isinstance(key, TENSORS) or min(query.dim(), key.dim()) < 2:
+            return False
+        return not statically_known_true(query.shape[-2] == key.shape[-2])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -94,7 +105,7 @@ def make_plan(gm: GraphModule, config: Config) -> Plan:
     )
     for site in sites:
         if site.layer in skipped:
-            site.reason = "named in skip_layers"
+            site.reason = SKIPPED
         else:
             _decide(site, config, outputs)
     return Plan(config, sites)
@@ -172,6 +183,8 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
     for name, write in (("keys", site.key), ("values", site.value)):
         if write.kind == "read":
             return f"the {name} are an input that this call does not write"
+        if write.kind == "grow" and any(calls(user, "to") and user in outputs for user in write.node.users):
+            return f"the concatenated {name} leave the graph for another device (an offloaded cache)"
         if write.kind == "grow" and write.node not in outputs:
             return f"the concatenated {name} do not leave the graph as they are (a sliding window, or no cache)"
         if write.kind == "write" and write.allocated_here and write.node not in outputs:

@@ -11,7 +11,8 @@ import torch
 from tqc import recompiles
 from tqc.backend import tqai
 from tqc.cache.io import cache_bytes
-from tqc.optimized_module import options_of, with_compiled_call
+from tqc.inner_models import Calls, generate_of
+from tqc.optimized_module import options_of
 from tqc.passes.plan import FUSE
 from tqc.report import Explanation, collect
 from tqc.torch_private import missing, pytree
@@ -35,17 +36,23 @@ def explain(
     backend: Any = functools.partial(tqai, options=settings)
     backend.reset = recompiles.forget
     compiled: Any = torch.compile(inner, backend=backend)
-    cache = None
+    explanation, cache = Explanation([]), None
+    generate = generate_of(inner)
     # Each call compiles anew, so that graphs of earlier ones must not count.
     fresh = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
     with collect(texts=graphs) as plans, torch.no_grad(), fresh:
-        if hasattr(inner, "generate"):
-            generate = with_compiled_call(compiled, inner.generate)
-            result = generate(*args, **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        if generate:
+            inputs |= {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+            # What the user compiled inside compiles anew as well.
+            own = [m for m in inner.modules() if options_of(m) is not None]
+            calls = Calls.of(inner, compiled.dynamo_ctx, own)
+            with calls.noting():
+                result = generate(*args, **inputs)
+            explanation.notes += _whom_generate_called(calls)
             cache = getattr(result, "past_key_values", None)
         else:
             compiled(*args, **inputs)
-    explanation = Explanation([[site.to_dict() for site in plan.sites] for plan in plans])
+    explanation.graphs = [[site.to_dict() for site in plan.sites] for plan in plans]
     explanation.texts = [plan.texts for plan in plans] if graphs else []
     explanation.notes += [f"graph {number}: {plan.cuda_graph}" for number, plan in enumerate(plans) if plan.cuda_graph]
     explanation.notes += [f"{feature}: {why}" for feature, why in missing().items()] + recompiles.met()
@@ -58,6 +65,16 @@ def explain(
     if not any(site["action"] == FUSE for sites in explanation.graphs for site in sites):
         explanation.notes.append("no attention reads a packed cache")
     return explanation
+
+
+def _whom_generate_called(calls: Calls) -> list[str]:
+    """What to say where `generate` calls another module than its own."""
+    if "" in calls.called:
+        return []
+    if names := calls.compiled_called():
+        return [f"generate calls {', '.join(names)}, which is compiled with the module around it"]
+    names = calls.taking_caches()
+    return [f"generate does not call the compiled module but {', '.join(names)}: compile that by its own name"]
 
 
 def _dense_bytes(cache: Any) -> int:

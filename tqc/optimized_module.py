@@ -12,13 +12,17 @@ import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from tqc import torch_private
+from tqc import inner_models, torch_private
 from tqc.config import options_of_mode
+from tqc.inner_models import Calls
 
 _backend: Callable[..., Any] | None = None
+# By compiled module, and not in it: a copy of it has calls of its own.
+_calls: WeakKeyDictionary[Any, Calls] = WeakKeyDictionary()
 
 
 def install(backend: Callable[..., Any]) -> None:
@@ -26,39 +30,53 @@ def install(backend: Callable[..., Any]) -> None:
     global _backend
     _backend = backend
     torch_private.patch_attributes(_getattr)
+    torch_private.patch_compile(_compiled_in_place)
+
+
+def _compiled_in_place(module: torch.nn.Module, context: Any) -> None:
+    if options_of(context) is None:
+        inner_models.release(module)
+    else:
+        inner_models.compile_in_place(module, context)
 
 
 def _getattr(original: Callable[..., Any], compiled: Any, name: str) -> Any:
     attribute = original(compiled, name)
     if (
         isinstance(attribute, types.MethodType)
-        and attribute.__self__ is compiled.__dict__["_modules"]["_orig_mod"]
         and not hasattr(torch.nn.Module, name)
         and not name.startswith("_")
+        and any(attribute.__self__ is module for module in compiled.__dict__["_modules"]["_orig_mod"].modules())
         and options_of(compiled) is not None
     ):
         return with_compiled_call(compiled, attribute)
     return attribute
 
 
-def with_compiled_call(compiled: Any, method: types.MethodType) -> Callable[..., Any]:
-    """`method` of the module that `compiled` wraps, such that the module's own calls in this thread run
-    compiled meanwhile."""
-    module: torch.nn.Module = method.__self__  # type: ignore[assignment]
+def with_compiled_call(compiled: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of the module that `compiled` wraps, such that the module's own calls in this thread run compiled
+    meanwhile, and those of what generates inside it."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        call = compiled.__dict__.get("_tqai_call")
-        if call is None:
-            call = compiled.__dict__["_tqai_call"] = torch_private.compiled_call(compiled, module)
-        with torch_private.called_through(module, call):
-            return method(*args, **kwargs)
+        calls = _calls.get(compiled)
+        if calls is None:
+            calls = _calls[compiled] = Calls.of(compiled._orig_mod, compiled.dynamo_ctx)
+        name = method.__name__
+        if calls.called or not name.startswith("generate") or inner_models.calls_its_module(method):
+            with calls.used():
+                return method(*args, **kwargs)
+        with calls.noting():
+            result = method(*args, **kwargs)
+        calls.warn_if_unused(name)
+        return result
 
     return run
 
 
-def options_of(model: torch.nn.Module) -> Mapping[str, Any] | None:
-    """The options that `model` was compiled with for this backend; None if it was not."""
+def options_of(model: Any) -> Mapping[str, Any] | None:
+    """The options that `model` was compiled with for this backend, or that a context of dynamo compiles with; None if
+    it is another's."""
     found = torch_private.backend_of(model)
     if found is None or found[0] is not _backend:
         return None

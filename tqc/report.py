@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from tqc.passes.plan import DENSE, FUSE, PACK, Plan
+from tqc.passes.plan import DENSE, FUSE, PACK, SKIPPED, Plan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,12 +24,20 @@ class _Collector:
 
 
 _collectors: list[_Collector] = []
+# Reasons that the logger was told.
+_told: set[str] = set()
 
 
 def record(plan: Plan) -> None:
-    """Show the plan of a graph that is being compiled to whoever collects."""
+    """Show the plan of a graph that is being compiled to whoever collects; tell the logger why a graph that reads a
+    cache packs nothing, each reason once."""
     for collector in _collectors:
         collector.plans.append(plan)
+    dense = [site for site in plan.sites if site.reads_cache and site.reason != SKIPPED]
+    reasons = {site.reason for site in dense} - _told
+    if reasons and len(plan.with_action(DENSE)) == len(plan.sites):
+        _told.update(reasons)
+        log.warning("%d attentions read a cache that stays dense: %s", len(dense), "; ".join(sorted(reasons)))
 
 
 def wants_texts() -> bool:

@@ -48,6 +48,7 @@ GROWTH = "caches that grow without recompiling"
 LIMIT = "a higher limit of graphs a model, and a word when it is met"
 GENERATE = "torch.compile(model).generate"
 OPTIONS = "the options of a compiled model"
+INNER = "model.compile where generate calls another model inside"
 REGIONS = "compiling the rest of the graph"
 DIRECT = "direct calls of compiled regions"
 PRODUCTS = "products of few rows without BLAS"
@@ -86,6 +87,17 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "it runs uncompiled; model.compile(backend='tqai') compiles it",
         (
             "torch._dynamo.eval_frame.OptimizedModule",
+            "torch.nn.Module._call_impl",
+            "torch.nn.Module._compiled_call_impl",
+        ),
+    ),
+    INNER: (
+        "that one runs uncompiled; compile it by its own name",
+        (
+            "torch._dynamo.eval_frame.OptimizeContext",
+            "torch._dynamo.eval_frame._TorchDynamoContext",
+            "torch._dynamo.eval_frame.OptimizedModule",
+            "torch._dynamo.eval_frame.innermost_backend",
             "torch.nn.Module._call_impl",
             "torch.nn.Module._compiled_call_impl",
         ),
@@ -310,9 +322,51 @@ def patch_attributes(get: Callable[[Callable[..., Any], Any, str], Any]) -> None
     cls.__getattr__ = lambda self, name: get(original, self, name)
 
 
-def compiled_call(compiled: Any, module: torch.nn.Module) -> Callable[..., Any]:
-    """What runs the call of `module`, hooks included, as `compiled`, which `torch.compile` made of it, would."""
-    return compiled.dynamo_ctx(module._call_impl)
+def patch_compile(made: Callable[[torch.nn.Module, Any], None]) -> None:
+    """Let `made(module, context)` know of each module whose call `Module.compile` compiles from now on, the one that is
+    being compiled included: the first `Module.compile` of a process is what loads this package. `backend_of` and
+    `compiled_call` take the context. The first call counts. No public way."""
+    cls = find("torch._dynamo.eval_frame.OptimizeContext")
+    if cls is None or "_tqc_original" in cls.__dict__:
+        return
+    original = cls._tqc_original = cls.__call__
+
+    def call(context: Any, function: Any) -> Any:
+        compiled = original(context, function)
+        module = getattr(function, "__self__", None)
+        if isinstance(module, torch.nn.Module) and getattr(function, "__func__", None) is torch.nn.Module._call_impl:
+            made(module, context)
+        return compiled
+
+    cls.__call__ = call
+
+
+def compiled_call(context: Any, module: torch.nn.Module) -> Callable[..., Any]:
+    """What runs the call of `module`, hooks included, as a context of dynamo compiles it: what `patch_compile` gives,
+    or the `dynamo_ctx` of a module that `torch.compile` returned."""
+    compile_call = getattr(type(context), "_tqc_original", type(context).__call__)
+    return compile_call(context, module._call_impl)
+
+
+def call_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """What a call of `module` in this thread runs, compiled if it is. No public way."""
+    call = module._compiled_call_impl
+    return (call.of_this_thread() if isinstance(call, _CallByThread) else call) or module._call_impl
+
+
+def get_compiled(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What `Module.compile` made of the call of `module`, if anything. No public way."""
+    call = module._compiled_call_impl
+    return call.before if isinstance(call, _CallByThread) else call
+
+
+def set_compiled(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Calls of `module` go through `call` from now on; None undoes it, which `Module.compile` cannot."""
+    ways = module._compiled_call_impl
+    if isinstance(ways, _CallByThread):
+        ways.before = call
+    else:
+        module._compiled_call_impl = call
 
 
 class _CallByThread:
@@ -324,8 +378,11 @@ class _CallByThread:
         self.of_thread = threading.local()
         self.users = 0
 
+    def of_this_thread(self) -> Callable[..., Any]:
+        return getattr(self.of_thread, "call", None) or self.before or self.plain
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (getattr(self.of_thread, "call", None) or self.before or self.plain)(*args, **kwargs)
+        return self.of_this_thread()(*args, **kwargs)
 
 
 _swapping = threading.Lock()
@@ -354,12 +411,14 @@ def called_through(module: torch.nn.Module, call: Callable[..., Any]) -> Iterato
 
 def backend_of(model: Any) -> tuple[Callable[..., Any], Mapping[str, Any]] | None:
     """The backend that `torch.compile(model)` or `model.compile()` was given, and its keyword arguments; None if the
-    model is not compiled. No public way."""
+    model is not compiled. A context of dynamo may stand for the model. No public way."""
     if _lacking(OPTIONS):
         return None
     from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 
-    if isinstance(model, OptimizedModule):
+    if isinstance(model, _TorchDynamoContext):
+        contexts: list[Any] = [model]
+    elif isinstance(model, OptimizedModule):
         contexts = [model.__dict__.get("dynamo_ctx")]
     else:
         # `Module.compile` keeps a function whose closure holds the dynamo context, and no other trace of it.

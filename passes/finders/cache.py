@@ -65,7 +65,7 @@ def find_cache(node: Node) -> CacheWrite | str:
         if is_packed(target) and prefix is None:
             return CacheWrite("read", target, target, None)
         if target.op == "placeholder" and prefix is None:
-            return "keys and values are an input that this call does not write"
+            return "keys and values are an input that this call does not write (generate_batch writes them elsewhere)"
     return _why_unknown(node)
 
 

@@ -117,7 +117,7 @@ class Storage:
         first, num_pages = parts[0], min(part.pages.shape[2] for part in parts)
         pages = torch.cat([part.pages[:, :, :num_pages] for part in parts])
         dense = torch.cat([part.dense for part in parts])
-        return cls(_dynamic_pages(pages), dense, first.state.clone(), first.fmt, first.length, first.packed)
+        return cls(dynamic_pages(pages), dense, first.state.clone(), first.fmt, first.length, first.packed)
 
     def select(self, rows: Tensor, length: int) -> Storage:
         """A storage of its own with the first `length` tokens of the given batch rows."""
