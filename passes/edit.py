@@ -12,15 +12,33 @@ from torch.fx import Graph, GraphModule, Node
 
 from tqc.ops import Op, example, set_example, update
 from tqc.passes.finders.flex_attention import FLEX
+from tqc.passes.graph import owns
 from tqc.torch_private import FakeTensor, detect_fake_mode
 
-# What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops never go.
+# What may go once nothing reads it: ops without effects that lead from a cache to attention. In-place ops go
+# where what they write into goes with them.
 _PURE_METHODS = {
     *("reshape", "view", "expand", "transpose", "permute", "contiguous", "unsqueeze", "repeat_interleave", "size"),
-    *("to", "type", "type_as", "float", "masked_fill", "max", "softmax", "matmul"),
+    *(
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "masked_fill",
+        "max",
+        "softmax",
+        "matmul",
+        "bmm",
+        "baddbmm",
+        "where",
+        "flatten",
+    ),
+    *("maximum", "clamp", "clamp_min", "clone", "add", "sub", "mul", "div", "tanh", "swapaxes", "swapdims"),
 }
 _PURE_FUNCTIONS = {
+    getattr,
     operator.getitem,
+    torch.ops.aten.mT,
     torch.cat,
     torch.concat,
     torch.tensor,
@@ -30,6 +48,14 @@ _PURE_FUNCTIONS = {
     torch.unsqueeze,
     torch.zeros,
     torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.where,
+    torch.full,
+    torch.max,
+    torch.maximum,
+    torch.clamp,
     torch.tanh,
     torch.nn.functional.softmax,
     torch.nn.functional.dropout,
@@ -39,7 +65,16 @@ _PURE_FUNCTIONS = {
     operator.sub,
     operator.truediv,
     operator.matmul,
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.div,
+    torch.masked_fill,
+    torch.permute,
+    torch.flatten,
+    torch.clone,
     torch.softmax,
+    torch.dropout,
     FLEX,
 }
 
@@ -51,10 +86,12 @@ def erase_unused(gm: GraphModule) -> None:
 
 
 def _may_go(node: Node) -> bool:
-    if isinstance(example(node), (int, torch.SymInt)) and node.op in ("call_function", "call_method"):
+    if isinstance(example(node), (int, torch.SymInt, torch.SymBool)) and node.op in ("call_function", "call_method"):
         return True
     if isinstance(node.target, Op):
         return node.target is not update
+    if owns(node):
+        return True
     pure = _PURE_METHODS if node.op == "call_method" else _PURE_FUNCTIONS if node.op == "call_function" else ()
     return node.target in pure
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from tqc.ops import TENSORS, example
 from tqc.ops.effects import written
@@ -32,6 +33,19 @@ def layer_name(node: Node) -> str:
         return node.name
     path = list(stack.values())[-1][0]
     return str(path).removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def layer_numbers(node: Node) -> tuple[int, ...]:
+    """The numbers in the path of the module that a node was traced in: 3 of `model.layers.3.self_attn`."""
+    path = layer_name(node) if node.meta.get(MODULE_STACK) else ""
+    return tuple(map(int, re.findall(r"(?:^|[.\['])(\d+)(?=[.\]']|$)", path)))
+
+
+def model_name(graph: Graph) -> str:
+    """Class of the outermost module that a graph was traced in."""
+    stacks = (node.meta.get(MODULE_STACK) for node in graph.nodes)
+    outermost = next((list(stack.values())[0][1] for stack in stacks if stack), "a function")
+    return str(getattr(outermost, "__name__", outermost)).rsplit(".", 1)[-1]
 
 
 def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
@@ -76,6 +90,14 @@ def strip_repeat(node: Node, heads: int) -> tuple[Node, int]:
     return source, int(spread.shape[2])
 
 
+# Makes tensors of its own, which alias no other.
+_ARITHMETIC = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.matmul, torch.bmm, torch.baddbmm),
+    *("add", "sub", "mul", "div", "matmul", "bmm", "baddbmm", "masked_fill"),
+    *(torch.masked_fill, torch.where, "where", torch.tanh, "tanh", torch.einsum),
+    *(torch.max, torch.maximum, torch.clamp, "max", "maximum", "clamp", "clamp_min"),
+}
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _VIEWS = {
     *(
@@ -90,6 +112,10 @@ _VIEWS = {
         "detach",
         "unbind",
         "chunk",
+        "flatten",
+        "unflatten",
+        "swapaxes",
+        "swapdims",
     ),
 }
 _VIEW_FUNCTIONS = {operator.getitem, torch.transpose, torch.narrow, torch.unsqueeze, torch.select, torch.permute}
@@ -99,7 +125,8 @@ def rearranges(node: Node) -> bool:
     """Whether `node` holds the same elements as its first argument: a view, a copy, a repetition or another dtype."""
     if node.op == "call_method":
         return node.target in _VIEWS | _CASTS | {"reshape", "contiguous", "repeat_interleave"}
-    return calls(node, *_VIEW_FUNCTIONS, torch.reshape, torch.repeat_interleave)
+    functions = (*_VIEW_FUNCTIONS, torch.ops.aten.mT, torch.reshape, torch.flatten, torch.repeat_interleave)
+    return calls(node, *functions) or (calls(node, getattr) and node.args[1] == "mT")
 
 
 def strip_casts(node: Any) -> Any:
@@ -123,15 +150,38 @@ def is_in_place(node: Node) -> bool:
     return bool(written(node))
 
 
+def owns(node: Node) -> bool:
+    """Whether `node` writes in place into what arithmetic has just made, or a view of it, and nothing else reads."""
+    target = node.args[0] if node.args else None
+    if not isinstance(target, Node) or written(node) != [target]:
+        return False
+    reader = node
+    while set(target.users) == {reader} and target.args and rearranges(target):
+        reader, target = target, target.args[0]
+    alone = isinstance(target, Node) and set(target.users) == {reader}
+    return alone and (calls(target, *_ARITHMETIC) or (is_in_place(target) and owns(target)))
+
+
+def constant(held: Any) -> float | None:
+    """A number, or that of a tensor which holds just one and is made of a number in the graph; None for others."""
+    if isinstance(held, (int, float)):
+        return None if isinstance(held, bool) else float(held)
+    node = strip_casts(held)
+    if not isinstance(node, Node) or not isinstance(example(node), torch.Tensor) or example(node).dim():
+        return None
+    if calls(node, torch.tensor, torch.scalar_tensor):
+        return constant(argument(node, 0, "data"))
+    if calls(node, torch.full, "new_full", torch.full_like):
+        return constant(argument(node, 2 if node.target == "new_full" else 1, "fill_value"))
+    return constant(argument(node, 1, "data")) if calls(node, "new_tensor") else None
+
+
 def writers(node: Node) -> list[Node]:
     """Nodes that write into the tensor of `node`, directly or through a view."""
     found = []
     for user in node.users:
         if node in written(user):
             found += [user, *writers(user)]
-        elif isinstance(example(user), TENSORS) and (
-            (user.op == "call_method" and user.target in _VIEWS)
-            or (user.op == "call_function" and user.target in _VIEW_FUNCTIONS)
-        ):
+        elif isinstance(example(user), TENSORS) and rearranges(user):  # which may be a view
             found += writers(user)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,28 +14,34 @@ from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.ops import TENSORS, example
 from tqc.passes.finders.attention import find_attention
-from tqc.passes.finders.cache import CacheWrite, find_cache
-from tqc.passes.finders.eager_attention import MATMUL
+from tqc.passes.finders.cache import NOT_WRITTEN, CacheWrite, find_cache, find_write, has_cache
+from tqc.passes.finders.products import find_product
 from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
 from tqc.passes.finders.sdpa import SDPA
 from tqc.passes.finders.site import Attention
-from tqc.passes.graph import calls, rearranges
+from tqc.passes.graph import calls, layer_numbers, model_name, rearranges, writers
 
 # What becomes of a site.
 FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
 PACK = "pack"  # attention is over this call's own tokens, and stays; the cache that leaves the graph is packed
 DENSE = "dense"
+UNCACHED = "uncached"  # nothing is there to pack: no call before or behind this one shares its keys and values
 
-# The reason of a site that the user wants dense.
 SKIPPED = "named in skip_layers"
 
 
 @dataclass
 class Site:
-    """One attention site and what is done with it."""
+    """One attention site and what is done with it.
 
-    layer: int
+    Attributes:
+        index: in graph order.
+        layer: of the cache, the same in all graphs of a model; None where there is no cache.
+    """
+
+    index: int
     attention: Attention
+    layer: int | None = None
     action: str = DENSE
     reason: str = ""
     key: CacheWrite | None = None
@@ -48,16 +55,8 @@ class Site:
 
     def mark(self, node: Node) -> Node:
         """Note on a node of the dialect which site it belongs to: all of a site's nodes get one provider."""
-        node.meta |= {"layer": self.layer, "formats": (self.k_fmt, self.v_fmt)}
+        node.meta |= {"layer": self.index, "formats": (self.k_fmt, self.v_fmt)}
         return node
-
-    @property
-    def reads_cache(self) -> bool:
-        """Whether attention may be over more tokens than those of the call, as an encoder's never is."""
-        query, key = example(self.attention.query), example(self.attention.key)
-        if not isinstance(query, TENSORS) or not isinstance(key, TENSORS) or min(query.dim(), key.dim()) < 2:
-            return False
-        return not statically_known_true(query.shape[-2] == key.shape[-2])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,7 +71,8 @@ class Site:
         }
 
     def __str__(self) -> str:
-        return f"layer {self.layer} {self.attention.name}: {self.action}" + (f": {self.reason}" if self.reason else "")
+        layer = "" if self.layer is None else f"layer {self.layer} "
+        return f"{layer}{self.attention.name}: {self.action}" + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass
@@ -80,6 +80,8 @@ class Plan:
     """Everything that the passes need to know about one graph, and what they report.
 
     Attributes:
+        model: class of what the graph was traced in.
+        unread: whether the graph writes a cache that no attention reads.
         rewritten: how many sites each pass rewrote.
         texts: the graph before the passes and after each that changed it, where somebody wants to see them.
         cuda_graph: whether the graph is recorded as a CUDA graph or why not; empty if nobody asked.
@@ -87,6 +89,8 @@ class Plan:
 
     config: Config
     sites: list[Site]
+    model: str = ""
+    unread: bool = False
     rewritten: dict[str, int] = field(default_factory=dict)
     cuda_graph: str = ""
     texts: dict[str, str] = field(default_factory=dict)
@@ -94,21 +98,62 @@ class Plan:
     def with_action(self, action: str) -> list[Site]:
         return [site for site in self.sites if site.action == action]
 
+    def why_dense(self) -> str | None:
+        """Why nothing is packed of a graph that has a cache; None where something is, or nothing should be."""
+        if any(site.action in (FUSE, PACK) for site in self.sites):
+            return None
+        # A function that is given keys and values has no cache; a model that is has one that others write.
+        expected = {SKIPPED} if self.model else {SKIPPED, NOT_WRITTEN}
+        reasons = {site.reason for site in self.sites if site.action == DENSE} - expected
+        if self.unread:
+            reasons.add("no attention was found that reads the cache")
+        return "; ".join(sorted(reasons)) or None
+
 
 def make_plan(gm: GraphModule, config: Config) -> Plan:
     """Look at every attention site of `gm`; nothing is changed."""
     outputs = _outputs(gm)
-    attentions = find_attention(gm.graph)
-    sites = [Site(layer, attention) for layer, attention in enumerate(attentions)]
-    skipped = (
-        {layer % len(sites) for layer in config.skip_layers if -len(sites) <= layer < len(sites)} if sites else set()
-    )
+    sites = [Site(index, attention) for index, attention in enumerate(find_attention(gm.graph))]
+    _number_layers(sites)
+    cached = sorted({site.layer for site in sites if site.layer is not None})
+    skipped = {cached[layer] if -len(cached) <= layer < 0 else layer for layer in config.skip_layers}
     for site in sites:
-        if site.layer in skipped:
+        if site.layer is None:
+            site.action, site.reason = UNCACHED, "no cache: no other call shares these keys and values"
+        elif site.layer in skipped:
             site.reason = SKIPPED
         else:
             _decide(site, config, outputs)
-    return Plan(config, sites)
+    return Plan(config, sites, model_name(gm.graph), not cached and _writes_cache(gm, outputs))
+
+
+def _number_layers(sites: list[Site]) -> None:
+    """Number the sites that have a cache as their modules are numbered, by the first number in which their paths
+    differ; in order where the paths have none.
+
+    So a layer has the same number in each graph, whatever else is in it: a vision tower, an encoder or, where dynamo
+    broke the graph, no other layer.
+    """
+    outputs = {site.attention.output for site in sites}
+    cached = [site for site in sites if any(has_cache(node, outputs) for node in _keys_and_values(site, outputs))]
+    paths = [layer_numbers(site.attention.output) for site in cached]
+    depth = min(map(len, paths), default=0)
+    at = next((at for at in range(depth) if len({path[at] for path in paths}) > 1), 0)
+    for order, (site, path) in enumerate(zip(cached, paths, strict=True)):
+        site.layer = path[at] if depth else order
+
+
+def _keys_and_values(site: Site, outputs: set[Node]) -> list[Node]:
+    """What is known of them: a site that is not understood may know its values alone."""
+    return [node for node in (site.attention.key, site.attention.value) if node not in outputs]
+
+
+def _writes_cache(gm: GraphModule, outputs: set[Node]) -> bool:
+    grown = (node for node in outputs if calls(node, torch.cat, torch.concat))
+    if any(isinstance(find_cache(node), CacheWrite) for node in grown):
+        return True
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and isinstance(example(node), TENSORS)]
+    return any(isinstance(find_write(node, found, None), CacheWrite) for node in inputs if (found := writers(node)))
 
 
 def _outputs(gm: GraphModule) -> set[Node]:
@@ -186,7 +231,7 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
         if write.kind == "grow" and any(calls(user, "to") and user in outputs for user in write.node.users):
             return f"the concatenated {name} leave the graph for another device (an offloaded cache)"
         if write.kind == "grow" and write.node not in outputs:
-            return f"the concatenated {name} do not leave the graph as they are (a sliding window, or no cache)"
+            return _what_leaves(write.node, name)
         if write.kind == "write" and write.allocated_here and write.node not in outputs:
             return f"the {name} are written into a tensor that does not leave the graph"
         if write.kind == "write" and write.allocated_here and not write.counted and example(write.new).shape[2] != 1:
@@ -201,16 +246,24 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
     return None
 
 
+def _what_leaves(concatenated: Node, name: str) -> str:
+    """Why the cache is not what attention reads."""
+    if any(
+        calls(user, operator.getitem) and any(reader.op == "output" for reader in user.users)
+        for user in concatenated.users
+    ):
+        return f"the cache keeps a part of the {name} alone (a sliding window: concatenated, then cut)"
+    return f"the concatenated {name} do not leave the graph as they are"
+
+
 def _why_not_fused(site: Site) -> str | None:
     assert site.key and site.value
     attention = site.attention
     query, key = example(attention.query), example(attention.key)
-    if query.dim() != 4:
-        return f"the query has {query.dim()} dimensions, not 4"
-    if query.shape[0] != key.shape[0]:
+    if query.dim() == 4 and query.shape[0] != key.shape[0]:
         return f"queries are of batch {query.shape[0]} and keys of batch {key.shape[0]}"
-    if query.shape[1] % key.shape[1]:
-        return f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key heads"
+    if attention.heads % key.shape[1]:
+        return f"{attention.heads} query heads are not a multiple of {key.shape[1]} key heads"
     if attention.is_causal and site.key.kind != "read":
         return "is_causal over a longer cache is aligned to its start, not to its end"
     if attention.is_causal:
@@ -279,7 +332,7 @@ def _other_readers(write: CacheWrite, site: Site) -> list[Node]:
 
 def _leads_to(node: Node, products: set[Node]) -> bool:
     """Whether `node` is one of the attention's products, or a rearrangement that only they read."""
-    if calls(node, *SDPA, *MATMUL):
+    if calls(node, *SDPA) or find_product(node):
         return node in products
     users = [user for user in node.users if isinstance(example(user), TENSORS)]
     return rearranges(node) and all(_leads_to(user, products) for user in users)

@@ -49,6 +49,7 @@ def tqai(
     _type_caches(gm)
     plan = rewrite(gm, config, number, keep_texts=report.wants_texts())
     report.record(plan)
+    report.warn_if_dense(plan)
     if not any(isinstance(node.target, Op) for node in gm.graph.nodes):
         return _rest(gm, example_inputs, config)
     recompiles.count(frame_number())

@@ -42,7 +42,9 @@ class Config:
         fold_values: multiply the weights around attention by the rotation of V, where the graph shows both, so that
             no kernel rotates values. It keeps a second copy of those weights, made anew when a weight changes (an edit
             through `weight.data`, which torch does not count, is seen at the next prompt).
-        skip_layers: attention layers whose cache stays dense, counted in graph order; negative from the end.
+        skip_layers: layers whose cache stays dense, as the model numbers them (`layers.3` is 3; a decoder's self and
+            cross attention are one layer); negative from the last one that has a cache. Layers without one, those of
+            a vision tower, do not count.
         provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
         cuda_graphs: record steps whose caches are preallocated as CUDA graphs and replay them; it is what
             `mode="reduce-overhead"` sets (`tqc.explain` says what was not recorded, and why).

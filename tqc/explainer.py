@@ -13,7 +13,7 @@ from tqc.backend import tqai
 from tqc.cache.io import cache_bytes
 from tqc.inner_models import Calls, generate_of
 from tqc.optimized_module import options_of
-from tqc.passes.plan import FUSE
+from tqc.passes.plan import FUSE, UNCACHED
 from tqc.report import Explanation, collect
 from tqc.torch_private import missing, pytree
 
@@ -57,12 +57,18 @@ def explain(
     explanation.notes += [f"graph {number}: {plan.cuda_graph}" for number, plan in enumerate(plans) if plan.cuda_graph]
     explanation.notes += [f"{feature}: {why}" for feature, why in missing().items()] + recompiles.met()
     if cache is not None:
-        explanation.tokens = int(cache.get_seq_length())
+        halves = _halves(cache)
+        explanation.tokens = sum(int(half.get_seq_length()) for half in halves)
         explanation.cache_bytes = cache_bytes(cache)
-        explanation.dense_bytes = _dense_bytes(cache)
-    if not any(explanation.graphs):
+        explanation.dense_bytes = sum(map(_dense_bytes, halves))
+    if any(plan.unread for plan in plans):
+        explanation.notes.append("a cache is written, but no attention was found that reads it")
+    actions = {site["action"] for sites in explanation.graphs for site in sites}
+    if not actions:
         explanation.notes.append("no attention was found")
-    if not any(site["action"] == FUSE for sites in explanation.graphs for site in sites):
+    elif actions == {UNCACHED}:
+        explanation.notes.append("no attention has a cache, so there is nothing to pack")
+    elif FUSE not in actions:
         explanation.notes.append("no attention reads a packed cache")
     return explanation
 
@@ -75,6 +81,12 @@ def _whom_generate_called(calls: Calls) -> list[str]:
         return [f"generate calls {', '.join(names)}, which is compiled with the module around it"]
     names = calls.taking_caches()
     return [f"generate does not call the compiled module but {', '.join(names)}: compile that by its own name"]
+
+
+def _halves(cache: Any) -> list[Any]:
+    """The caches of an encoder-decoder's self and cross attention; any other cache itself."""
+    halves = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return [half for half in halves if half is not None] or [cache]
 
 
 def _dense_bytes(cache: Any) -> int:

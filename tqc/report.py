@@ -12,9 +12,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from tqc.passes.plan import DENSE, FUSE, PACK, SKIPPED, Plan
+from tqc.passes.plan import DENSE, FUSE, PACK, UNCACHED, Plan
 
 log = logging.getLogger(__name__)
+_said: set[tuple[str, str]] = set()
 
 
 @dataclass
@@ -24,20 +25,20 @@ class _Collector:
 
 
 _collectors: list[_Collector] = []
-# Reasons that the logger was told.
-_told: set[str] = set()
 
 
 def record(plan: Plan) -> None:
-    """Show the plan of a graph that is being compiled to whoever collects; tell the logger why a graph that reads a
-    cache packs nothing, each reason once."""
+    """Show the plan of a graph that is being compiled to whoever collects."""
     for collector in _collectors:
         collector.plans.append(plan)
-    dense = [site for site in plan.sites if site.reads_cache and site.reason != SKIPPED]
-    reasons = {site.reason for site in dense} - _told
-    if reasons and len(plan.with_action(DENSE)) == len(plan.sites):
-        _told.update(reasons)
-        log.warning("%d attentions read a cache that stays dense: %s", len(dense), "; ".join(sorted(reasons)))
+
+
+def warn_if_dense(plan: Plan) -> None:
+    """Say once a model and reason that a graph which has a cache leaves all of it dense."""
+    reason = plan.why_dense()
+    if reason and (plan.model, reason) not in _said:
+        _said.add((plan.model, reason))
+        log.warning("a graph of %s packs nothing of its cache: %s (tqc.explain shows each layer)", plan.model, reason)
 
 
 def wants_texts() -> bool:
@@ -64,7 +65,7 @@ class Explanation:
         graphs: one entry a graph, in the order they were compiled, each a list of sites (see `Site.to_dict`).
         cache_bytes: bytes that the cache holds after the run, or None where there is none to look at.
         dense_bytes: bytes that the same tokens take dense.
-        tokens: how many tokens the cache holds.
+        tokens: how many tokens the cache holds, in an encoder-decoder those of both.
         notes: what concerns the whole model.
         texts: where they were asked for, of each graph its text by the name of the pass that made it.
     """
@@ -91,13 +92,14 @@ class Explanation:
             FUSE: "attention reads packed",
             PACK: "cache packed on leaving",
             DENSE: "left dense",
+            UNCACHED: "has no cache",
         }
         for number, sites in enumerate(self.graphs):
             table = Table(title=f"graph {number}: {len(sites)} attention sites", title_justify="left")
             for column in ("layers", "what", "kernel", "keys", "values", "why"):
                 table.add_column(column, overflow="fold")
             for first, last, site in _runs(sites):
-                layers = str(first) if first == last else f"{first}-{last}"
+                layers = "" if first is None else str(first) if first == last else f"{first}-{last}"
                 why = "; ".join(filter(None, [site["reason"], *site["notes"]]))
                 table.add_row(layers, meaning[site["action"]], site["kernel"], site["keys"], site["values"], why)
             yield table
@@ -116,7 +118,7 @@ class Explanation:
         return capture.get()
 
 
-def _runs(sites: list[dict[str, Any]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _runs(sites: list[dict[str, Any]]) -> Iterator[tuple[int | None, int | None, dict[str, Any]]]:
     """Consecutive sites that read the same but for their layer."""
 
     def same(site: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc.ops import TENSORS, example, is_packed
-from tqc.passes.graph import argument, calls, writers
+from tqc.ops.effects import written
+from tqc.passes.graph import argument, calls, rearranges, writers
 
 _FULL = slice(None, None, None)
+NOT_WRITTEN = "keys and values are an input that this call does not write (generate_batch writes it elsewhere)"
 
 
 @dataclass
@@ -65,21 +68,90 @@ def find_cache(node: Node) -> CacheWrite | str:
         if is_packed(target) and prefix is None:
             return CacheWrite("read", target, target, None)
         if target.op == "placeholder" and prefix is None:
-            return "keys and values are an input that this call does not write (generate_batch writes them elsewhere)"
+            return NOT_WRITTEN
     return _why_unknown(node)
+
+
+def has_cache(node: Node, others: set[Node]) -> bool:
+    """Whether keys or values are taken from an earlier call, or kept for a later one.
+
+    Args:
+        node: the keys or values of an attention site.
+        others: outputs of all attention sites, which keys are not looked for above of.
+    """
+    root = node
+    while rearranges(root) and isinstance(root.args[0], Node):
+        root = root.args[0]
+    if is_packed(root) or _is_kept(root) or (_is_input(root) and example(root).dim() >= 3):
+        return True
+    found, edge = {node}, {node}
+    while edge:
+        if any(_holds_cache(source) for source in edge):
+            return True
+        edge = {source for reader in edge for source in reader.all_input_nodes} - found - others
+        found |= edge
+    return False
+
+
+def _holds_cache(node: Node) -> bool:
+    if is_packed(node):
+        return True
+    if _extends_input(node):
+        return not _is_empty(argument(node, 0, "tensors")[0]) or _is_kept(node)
+    if _is_input(node):
+        return bool(writers(node))
+    return calls(node, torch.zeros, "new_zeros", torch.zeros_like) and bool(writers(node)) and _is_kept(node)
+
+
+def _is_input(node: Node) -> bool:
+    """Whether `node` is a tensor that the caller gives, and no weight."""
+    held = example(node)
+    return node.op == "placeholder" and isinstance(held, TENSORS) and not isinstance(held, torch.nn.Parameter)
+
+
+def _is_empty(node: Node) -> bool:
+    return not is_packed(node) and statically_known_true(example(node).numel() == 0)
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether the elements of `node` leave the graph, or are written into an input."""
+    found, edge = {node}, [node]
+    while edge:
+        source = edge.pop()
+        for user in source.users:
+            targets = written(user)
+            if user.op == "output" or any(_is_input(target) for target in targets if target is not source):
+                return True
+            if user not in found and (targets or rearranges(user) or calls(user, torch.cat, torch.concat)):
+                found.add(user)
+                edge += [user, *(target for target in targets if target not in found)]
+    return False
 
 
 def _why_unknown(node: Node) -> str:
     if calls(node, operator.getitem) and calls(node.args[0], torch.cat, torch.concat):
-        return "attention reads a part of the cache (a sliding window)"
+        return "attention reads a part of the cache (a sliding window: concatenated, then cut)"
+    name = getattr(node.target, "__name__", node.target)
     found, edge = {node}, {node}
     for _ in range(16):
         edge = {source for reader in edge for source in reader.all_input_nodes} - found
         found |= edge
-        if any(_extends_input(source) for source in edge):
-            name = getattr(node.target, "__name__", node.target)
-            return f"keys or values are computed from what the cache holds (by {name}), not read from it"
-    return "keys and values are not written to a cache in a way that is known"
+        if held := next((source for source in edge if _extends_input(source)), None):
+            what = "the cache holds latents: " if _is_projected(held, found) else ""
+            return f"{what}keys or values are computed from what the cache holds (by {name}), not read from it"
+    return f"no write to a cache that is known was found above the keys or values (which {name} makes)"
+
+
+def _is_projected(node: Node, among: set[Node]) -> bool:
+    """Whether a linear layer is on the way from `node` down through `among`."""
+    edge, seen = [node], {node}
+    while edge:
+        readers = [user for user in edge.pop().users if user in among and user not in seen]
+        if any(calls(user, torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm) for user in readers):
+            return True
+        seen.update(readers)
+        edge += readers
+    return False
 
 
 def _extends_input(node: Node) -> bool:
@@ -87,7 +159,16 @@ def _extends_input(node: Node) -> bool:
     past = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
     if not isinstance(past, Node) or not isinstance(example(past), TENSORS):
         return False
-    return past.op == "placeholder" or is_packed(past) or example(past).numel() == 0
+    if is_packed(past) or _is_empty(past):
+        return True
+    dim, dims = argument(node, 1, "dim", 0), example(node).dim()
+    along_length = isinstance(dim, int) and dims in (3, 4) and dim % dims == dims - 2
+    return along_length and any(_is_input(_part_of(held) or held) for held in tensors)
+
+
+def _part_of(node: Node) -> Node | None:
+    """The tensor that `node` is a slice of."""
+    return node.args[0] if calls(node, operator.getitem) and isinstance(example(node.args[0]), TENSORS) else None
 
 
 def _match_cat(node: Node) -> CacheWrite | str:
@@ -103,6 +184,8 @@ def _match_cat(node: Node) -> CacheWrite | str:
     empty = example(past).numel() == 0 if not is_packed(past) else False
     if empty:
         return CacheWrite("grow", node, None, new)
+    if past.op != "placeholder" and (whole := _part_of(past)) and whole.op == "placeholder":
+        return "attention reads a part of the cache and new tokens (a sliding window: cut, then concatenated)"
     if past.op != "placeholder":
         return "the cache before the concatenation is not an input of the graph"
     if example(past).dtype != example(new).dtype:
@@ -138,6 +221,8 @@ def find_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | st
         found = isinstance(index, tuple) and len(index) in (3, 4)
         found = found and all(isinstance(part, slice) and part == _FULL for part in (*index[:2], *index[3:]))
         positions = index[2] if found else None
+    elif calls(operation, "copy_"):
+        return f"the preallocated cache is overwritten as a whole{_rolled(operation)}"
     else:
         found = False
     if not found or not isinstance(new, Node) or not isinstance(example(new), Tensor) or example(new).dim() != 4:
@@ -156,6 +241,12 @@ def find_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | st
     if example(new).dtype != example(cache).dtype or example(new).shape[:2] != example(cache).shape[:2]:
         return "new tokens differ from the preallocated cache in dtype, batch or heads"
     return CacheWrite("write", cache, cache, new, operation, positions, counted, prefix)
+
+
+def _rolled(operation: Node) -> str:
+    source = argument(operation, 1, "src")
+    made = {source, *source.all_input_nodes} if isinstance(source, Node) else set()
+    return " (a sliding window: rolled, then copied)" if any(calls(node, "roll", torch.roll) for node in made) else ""
 
 
 def _counts_up(positions: Node) -> bool:

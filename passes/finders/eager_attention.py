@@ -1,8 +1,8 @@
-"""Find attention that is spelled out: matmul, scale, softcap, mask, softmax, matmul, in any of the usual orders.
+"""Find attention that is spelled out: product, scale, softcap, mask, softmax, product, in any of the usual orders.
 
-The match starts at a softmax over the last of four dimensions and walks its producers up to the product of queries and
-keys, and its users down to the product with the values. Every step must be one that is known; what is not known, but
-lies between two such products, makes a site with a reason.
+The match starts at a softmax over the last of three or four dimensions and walks its producers up to the product of
+queries and keys, and its users down to the product with the values. Every step must be one that is known; what is not
+known, but lies between two such products, makes a site with a reason. With three dimensions, batch and heads are one.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc.ops import example
+from tqc.passes.finders.products import BADDBMM, Product, find_product, regrouped, rows_of, split_heads, strip_copies
 from tqc.passes.finders.site import Attention, Mask, strip_heads
-from tqc.passes.graph import argument, calls, is_in_place, strip_casts
+from tqc.passes.graph import argument, calls, constant, is_in_place, owns, strip_casts, writers
 
 SOFTMAX = (torch.nn.functional.softmax, torch.softmax, "softmax")
-MATMUL = (torch.matmul, operator.matmul, "matmul")
-_ADD = (operator.add, torch.add, "add")
+_ADD = (operator.add, torch.add, "add", operator.iadd, "add_")
 _SUB = (operator.sub, torch.sub, "sub")
-_MUL = (operator.mul, torch.mul, "mul")
-_DIV = (operator.truediv, torch.div, "div")
+_MUL = (operator.mul, torch.mul, "mul", operator.imul, "mul_")
+_DIV = (operator.truediv, torch.div, "div", operator.itruediv, "div_")
 _TANH = (torch.tanh, "tanh", torch.nn.functional.tanh)
-_DROPOUT = (torch.nn.functional.dropout,)
+_FILL = ("masked_fill", torch.masked_fill, "masked_fill_")
+_WHERE = (torch.where, "where")
+_FLOOR = (torch.max, torch.maximum, "max", "maximum", torch.clamp, "clamp", "clamp_min")
+# What a masked score must be at most, once scaled, to be nothing beside any visible one: exp(-1e3) is zero.
+_VANISHES = -1e3
+_DROPOUT = (torch.nn.functional.dropout, torch.dropout)
 
 
 class NotUnderstood(Exception):
@@ -35,36 +41,56 @@ class NotUnderstood(Exception):
 
 @dataclass
 class Scores:
-    """What the walk up from the softmax has met."""
+    """What the walk up from the softmax has met.
+
+    Attributes:
+        scale: product of the factors so far: what is met next is multiplied by it before it reaches the softmax.
+        grouped: nodes of four dimensions, which must agree about what is batch and what is heads.
+    """
 
     query: Node | None = None
     key: Node | None = None
+    heads: int = 0
     masks: list[Mask] = field(default_factory=list)
     scale: float = 1.0
     softcap: float = 0.0
     sinks: Node | None = None
-    # How far up: 0 below masks, 1 among masks, 2 at the softcap, 3 at the scale.
-    stage: int = 0
+    grouped: list[Node] = field(default_factory=list)
 
-    def enter(self, stage: int, what: str) -> None:
-        if stage < self.stage:
-            raise NotUnderstood(f"{what} comes before the scale or the softcap of the scores")
-        self.stage = stage
+    def mask(self, node: Any, kind: str, scores: Node, of: Node, factor: float = 1.0) -> None:
+        """`scores` is `of` with a mask, of which `factor` is taken."""
+        if self.softcap:
+            raise NotUnderstood("a mask comes before the softcap of the scores")
+        if self.scale <= 0:
+            raise NotUnderstood(f"masked scores are multiplied by {self.scale}")
+        if not isinstance(node, Node) or not isinstance(example(node), Tensor):
+            raise NotUnderstood("a mask is no tensor")
+        if kind != "add" and example(node).dtype != torch.bool:
+            raise NotUnderstood(f"a mask of places is {example(node).dtype}")
+        before, after = example(of).shape[:-1], example(scores).shape[:-1]
+        if len(before) != len(after) or not all(map(statically_known_true, map(operator.eq, before, after))):
+            raise NotUnderstood("a mask has more batches, heads or rows than the scores")
+        flat = example(node).dim() == 3 and len(after) == 2 and not statically_known_true(example(node).shape[0] == 1)
+        self.masks.append(Mask(node, kind, self.scale * factor if kind == "add" else 1.0, flat))
 
 
 def match_eager(node: Node) -> Attention | None:
     """softmax(scale * query @ key' + mask) @ value, from its softmax; with softcap, with attention sinks."""
-    if not calls(node, *SOFTMAX) or not isinstance(example(node), Tensor) or example(node).dim() != 4:
+    if not calls(node, *SOFTMAX) or not isinstance(example(node), Tensor) or example(node).dim() not in (3, 4):
         return None
-    if argument(node, 1, "dim") not in (-1, 3):
+    if argument(node, 1, "dim") not in (-1, example(node).dim() - 1):
         return None
     found = _find_values(node)
-    if found is None or not _comes_from_matmul(node.args[0]):
+    if found is None or not _comes_from_product(node.args[0]):
         return None
-    output, val, reason, dropped = found
+    output, val, grouped, reason, dropped = found
     scores = Scores()
     try:
         _walk_up(node.args[0], scores)
+        if not all(
+            statically_known_true(example(held).shape[1] == scores.heads) for held in (*grouped, *scores.grouped)
+        ):
+            raise NotUnderstood("batch and heads are one dimension in different ways")
     except NotUnderstood as why:
         reason = reason or str(why)
     query, key = scores.query, scores.key
@@ -72,26 +98,26 @@ def match_eager(node: Node) -> Attention | None:
         return Attention(output, output, output, val, reason=reason or "the scores are not those of queries and keys")
     if (scores.sinks is not None) != dropped:
         reason = reason or "a column of the weights is dropped that is not an attention sink"
-    site = Attention(
-        output, query, key, val, tuple(scores.masks), scores.scale, scores.softcap, scores.sinks, reason=reason
-    )
+    how = (tuple(scores.masks), scores.scale, scores.softcap, scores.sinks)
+    site = Attention(output, query, key, val, *how, reason=reason, heads=scores.heads)
     if site.reason is None:
         strip_heads(site)
     return site
 
 
-def _comes_from_matmul(node: Any, depth: int = 12) -> bool:
+def _comes_from_product(node: Any, depth: int = 12) -> bool:
     """Whether a product of matrices lies a few steps above `node`: else the softmax is no attention."""
     if not isinstance(node, Node) or depth == 0:
         return False
-    if calls(node, *MATMUL, torch.bmm, torch.baddbmm, torch.einsum, "bmm", "baddbmm"):
+    if find_product(node) or calls(node, torch.einsum):
         return True
-    return any(_comes_from_matmul(source, depth - 1) for source in node.all_input_nodes)
+    return any(_comes_from_product(source, depth - 1) for source in node.all_input_nodes)
 
 
-def _find_values(softmax: Node) -> tuple[Node, Node, str | None, bool] | None:
-    """Walk down from the weights: (output, values, why not, whether a last column was dropped), or None."""
-    node, dropped, reason = softmax, False, None
+def _find_values(softmax: Node) -> tuple[Node, Node, list[Node], str | None, bool] | None:
+    """Walk down from the weights: (output, values, nodes that group batch and heads, why not, whether a last column was
+    dropped), or None."""
+    node, dropped, reason, grouped = softmax, False, None, []
     while True:
         chain = []
         for user in node.users:
@@ -101,22 +127,47 @@ def _find_values(softmax: Node) -> tuple[Node, Node, str | None, bool] | None:
                 reason = "the attention weights are written into"
             elif isinstance(example(user), Tensor):
                 chain.append(user)
-        products = [user for user in chain if calls(user, *MATMUL) and user.args[0] is node]
-        if len(products) == 1 and example(products[0]).dim() == 4:
+        products = [(user, product.right) for user in chain if (product := _weighs_values(user, node))]
+        if len(products) == 1:
             if len(chain) > 1:
                 reason = "the attention weights are used outside of the attention"
-            return products[0], strip_casts(products[0].args[1]), reason, dropped
+            output, right = products[0]
+            val = split_heads(right)
+            if example(val).dim() != 4:
+                reason = reason or "the values are not known to be of batch, heads, tokens and head_dim"
+            elif example(right).dim() == 3:
+                grouped.append(val)
+            return output, val, grouped, reason, dropped
         if len(chain) != 1:
             return None
         node = chain[0]
         if calls(node, *_DROPOUT):
-            p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", True)
+            p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", node.kwargs.get("train", True))
             if training and p != 0.0:
                 reason = f"the attention weights are dropped out with p = {p}"
         elif calls(node, operator.getitem) and _drops_last(node.args[1]):
             dropped = True
-        elif strip_casts(node) is node and not calls(node, "contiguous"):
+        elif regrouped(node):
+            if example(node).dim() == 4:
+                grouped.append(node)
+        elif not _changes_nothing(node):
             reason = f"the attention weights pass through {_name(node)}"
+
+
+def _weighs_values(node: Node, weights: Node) -> Product | None:
+    product = find_product(node)
+    if product is None or product.left is not weights or product.of_rows or calls(node, *BADDBMM):
+        return None
+    same = example(product.right).dim() == example(weights).dim() == example(node).dim()
+    return product if same else None
+
+
+def _changes_nothing(node: Node) -> bool:
+    """Whether `node` is what it was made from: a cast, a copy, or a factor of one, as dropout in eval can be."""
+    if calls(node, *_MUL, *_DIV) and not is_in_place(node):
+        left, right = node.args[0], argument(node, 1, "other")
+        return constant(right) == 1 or (calls(node, *_MUL) and constant(left) == 1)
+    return strip_casts(node) is not node or calls(node, "contiguous", "clone", torch.clone)
 
 
 def _drops_last(index: Any) -> bool:
@@ -127,90 +178,139 @@ def _drops_last(index: Any) -> bool:
 
 def _walk_up(node: Any, scores: Scores) -> None:
     """Collect what was done to the product of queries and keys, from the softmax upwards."""
-    node = strip_casts(node)
+    walked = set()
+    while True:
+        walked.add(node)
+        if isinstance(node, Node) and not walked.issuperset(writers(node)):
+            raise NotUnderstood("the scores are written into")  # and read under the name from before
+        if product := find_product(node):
+            break
+        node = _above(node, scores)
+    if product.added is not None:
+        scores.mask(product.added, "add", node, node, _factor(product.added_scale))
+    scores.scale *= _factor(product.scale)
+    _match_product(node, product, scores)
+
+
+def _above(node: Any, scores: Scores) -> Node:
+    """The scores before what `node` does to them, which is noted."""
     if not isinstance(node, Node):
         raise NotUnderstood("the scores are a constant")
-    if calls(node, *MATMUL):
-        _match_product(node, scores)
-    elif calls(node, torch.cat, torch.concat):
-        _match_sinks(node, scores)
-    elif calls(node, *_SUB) and _is_row_maximum(node.args[1], node.args[0]):
-        _walk_up(node.args[0], scores)
-    elif calls(node, *_ADD):
+    if is_in_place(node) and not owns(node):
+        raise NotUnderstood("the scores are written into")
+    if strip_copies(node) is not node:
+        return strip_copies(node)
+    if source := regrouped(node):
+        scores.grouped += [held for held in (node, source) if example(held).dim() == 4]
+        return source
+    if calls(node, torch.cat, torch.concat):
+        return _match_sinks(node, scores)
+    if calls(node, *_SUB) and _is_row_maximum(node.args[1], node.args[0]):
+        return node.args[0]
+    if calls(node, *_ADD):
         if node.kwargs.get("alpha", 1) != 1:
             raise NotUnderstood("a mask is added with a factor")
         left, right = node.args
         if _leads_to_product(left) and _leads_to_product(right):
             raise NotUnderstood("two products of matrices are added")
         of_scores, mask = (left, right) if _leads_to_product(left) else (right, left)
-        scores.enter(1, "a mask")
         if not isinstance(mask, Node) or not isinstance(example(mask), Tensor) or not example(mask).is_floating_point():
             raise NotUnderstood("what is added to the scores is not a float tensor")
-        scores.masks.append(Mask(mask, "add"))
-        _walk_up(of_scores, scores)
-    elif calls(node, "masked_fill", torch.masked_fill):
-        scores.enter(1, "a mask")
-        if not _is_minus_infinity(argument(node, 2, "value"), example(node).dtype):
-            raise NotUnderstood("masked scores are not set to the lowest value")
-        scores.masks.append(Mask(argument(node, 1, "mask"), "drop"))
-        _walk_up(node.args[0], scores)
-    elif calls(node, *_MUL, *_DIV):
-        _match_factor(node, scores)
+        scores.mask(mask, "add", node, of_scores)
+        return of_scores
+    if calls(node, *_FILL, *_WHERE):
+        return _match_filled(node, scores)
+    if calls(node, *_FLOOR):
+        floor = argument(node, 1, "other", node.kwargs.get("min"))
+        if len(node.args) + len(node.kwargs) != 2 or not _is_lowest(floor, example(node).dtype):
+            raise NotUnderstood(f"the scores pass through {_name(node)}")
+        return node.args[0]  # lowest is as good as minus infinity
+    if calls(node, *_MUL, *_DIV):
+        return _match_factor(node, scores)
+    raise NotUnderstood(f"the scores pass through {_name(node)}")
+
+
+def _match_filled(node: Node, scores: Scores) -> Node:
+    """`masked_fill(scores, drop, lowest)`, `where(keep, scores, lowest)` or `where(drop, lowest, scores)`."""
+    if calls(node, *_FILL):
+        of_scores, mask, filler, kind = node.args[0], argument(node, 1, "mask"), argument(node, 2, "value"), "drop"
     else:
-        raise NotUnderstood(f"the scores pass through {_name(node)}")
+        if node.op == "call_method":
+            of_scores, mask, filler = node.args[0], argument(node, 1, "condition"), argument(node, 2, "other")
+        else:
+            mask, of_scores, filler = (
+                argument(node, i, name) for i, name in enumerate(("condition", "input", "other"))
+            )
+        kind = "keep"
+        if not _leads_to_product(of_scores):
+            of_scores, filler, kind = filler, of_scores, "drop"
+    if not _is_lowest(filler, example(node).dtype) or (constant(filler) or 0.0) * scores.scale > _VANISHES:
+        raise NotUnderstood("masked scores are not set to the lowest value")
+    scores.mask(mask, kind, node, of_scores)
+    return of_scores
 
 
-def _match_factor(node: Node, scores: Scores) -> None:
+def _factor(number: Any) -> float:
+    found = constant(number)
+    if found is None:
+        raise NotUnderstood("the scores are scaled by a tensor")
+    return found
+
+
+def _match_factor(node: Node, scores: Scores) -> Node:
     """A factor: part of the scale, or of softcap * tanh(scores / softcap)."""
     divides = calls(node, *_DIV)
     left, right = node.args[0], argument(node, 1, "other")
-    if isinstance(left, (int, float)) and not divides:
+    if not divides and constant(right) is None:
         left, right = right, left
-    if isinstance(right, bool) or not isinstance(right, (int, float)) or node.kwargs.get("rounding_mode"):
+    if not isinstance(left, Node) or constant(right) is None or node.kwargs.get("rounding_mode"):
         raise NotUnderstood("the scores are scaled by a tensor")
+    factor = 1.0 / _factor(right) if divides else _factor(right)
     inner = strip_casts(left)
-    if calls(inner, *_TANH) and not divides:
-        divided = strip_casts(inner.args[0])
-        if calls(divided, *_DIV):
-            cap = argument(divided, 1, "other")
-        elif calls(divided, *_MUL) and isinstance(argument(divided, 1, "other"), float):
-            cap = 1.0 / argument(divided, 1, "other")
-        else:
-            cap = None
-        if not isinstance(cap, (int, float)) or abs(cap - right) > 1e-6 * abs(right):
-            raise NotUnderstood("tanh of the scores is not a softcap")
-        scores.enter(2, "a softcap")
-        if scores.softcap:
-            raise NotUnderstood("the scores have two softcaps")
-        scores.softcap = float(right)
-        _walk_up(divided.args[0], scores)
-        return
-    scores.enter(3, "a scale")
-    scores.scale *= 1.0 / right if divides else right
-    _walk_up(left, scores)
+    if not calls(inner, *_TANH):
+        scores.scale *= factor
+        return left
+    divided = strip_casts(inner.args[0])
+    cap = None
+    if calls(divided, *_DIV):
+        cap = constant(argument(divided, 1, "other"))
+    elif calls(divided, *_MUL) and (times := constant(argument(divided, 1, "other"))):
+        cap = 1.0 / times
+    if cap is None or abs(cap - factor) > 1e-6 * abs(factor):
+        raise NotUnderstood("tanh of the scores is not a softcap")
+    if scores.softcap:
+        raise NotUnderstood("the scores have two softcaps")
+    scores.softcap = factor * scores.scale
+    if scores.softcap <= 0:
+        raise NotUnderstood(f"the softcap of the scores is {scores.softcap}")
+    return divided.args[0]
 
 
-def _match_product(node: Node, scores: Scores) -> None:
-    query, transposed = node.args[0], argument(node, 1, "other")
-    transposed = strip_casts(transposed)
-    key = None
-    if calls(transposed, "transpose", torch.transpose, "swapaxes"):
-        dims = {d % 4 for d in transposed.args[1:3] if isinstance(d, int)}
-        key = transposed.args[0] if dims == {2, 3} else None
-    elif calls(transposed, "permute", torch.permute):
-        order = transposed.args[1] if isinstance(transposed.args[1], (tuple, list)) else transposed.args[1:]
-        key = transposed.args[0] if tuple(d % 4 for d in order) == (0, 1, 3, 2) else None
-    elif calls(transposed, getattr) and transposed.args[1] in ("mT",):
-        key = transposed.args[0]
-    if key is None or example(query).dim() != 4 or example(key).dim() != 4:
-        raise NotUnderstood("the scores are not queries times transposed keys of four dimensions")
-    scores.query, scores.key = strip_casts(query), strip_casts(key)
+def _match_product(node: Node, product: Product, scores: Scores) -> None:
+    query, key = strip_copies(product.left), rows_of(product.right, not product.of_rows)
+    if (
+        key is None
+        or example(query).dim() != example(node).dim()
+        or example(product.right).dim() != example(node).dim()
+    ):
+        raise NotUnderstood("the scores are not queries times transposed keys of batch, heads, tokens and head_dim")
+    if example(node).dim() == 4:
+        scores.heads = example(node).shape[1]
+    else:
+        scores.heads = example(key).shape[1]
+        if not statically_known_true(example(key).shape[0] * scores.heads == example(query).shape[0]):
+            raise NotUnderstood("queries and keys are of different batches or heads")
+        split = split_heads(query)
+        if example(split).dim() == 4 and statically_known_true(example(split).shape[1] == scores.heads):
+            query = split
+    scores.query, scores.key = query, key
 
 
-def _match_sinks(node: Node, scores: Scores) -> None:
+def _match_sinks(node: Node, scores: Scores) -> Node:
     """`cat([scores, sinks.reshape(1, -1, 1, 1).expand(...)], -1)`: one more logit per head."""
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    if scores.stage or scores.sinks is not None or dim not in (-1, 3) or len(tensors) != 2:
+    behind = scores.masks or scores.softcap or scores.sinks is not None or scores.scale != 1.0 or scores.grouped
+    if behind or dim not in (-1, 3) or len(tensors) != 2:
         raise NotUnderstood("the scores are concatenated with something")
     wide = strip_casts(tensors[1])
     expanded = strip_casts(wide.args[0]) if calls(wide, "expand") else wide
@@ -220,19 +320,23 @@ def _match_sinks(node: Node, scores: Scores) -> None:
     if base is None or shape != (1, heads, 1, 1) or tuple(example(base).shape) != (heads,):
         raise NotUnderstood("the scores are concatenated with something that is not one sink per head")
     scores.sinks = base
-    _walk_up(tensors[0], scores)
+    return tensors[0]
 
 
-def _leads_to_product(node: Any, depth: int = 8) -> bool:
+def _leads_to_product(node: Any, depth: int = 12) -> bool:
     """Whether the scores come from here rather than from the other operand of an addition."""
-    node = strip_casts(node)
     if not isinstance(node, Node) or depth == 0:
         return False
-    if calls(node, *MATMUL):
+    if find_product(node):
         return True
-    if not calls(node, *_ADD, *_MUL, *_DIV, *_SUB, *_TANH, "masked_fill", torch.masked_fill):
+    node = strip_copies(node)
+    if source := regrouped(node):
+        return _leads_to_product(source, depth - 1)
+    if find_product(node):
+        return True
+    if not calls(node, *_ADD, *_MUL, *_DIV, *_SUB, *_TANH, *_FILL, *_WHERE, *_FLOOR):
         return False
-    return any(_leads_to_product(operand, depth - 1) for operand in node.args[:2])
+    return any(_leads_to_product(operand, depth - 1) for operand in (*node.args[:3], *node.kwargs.values()))
 
 
 def _is_row_maximum(node: Any, of: Any) -> bool:
@@ -246,11 +350,15 @@ def _is_row_maximum(node: Any, of: Any) -> bool:
         node = node.args[0]
     if not calls(node, "max", torch.max, "amax", torch.amax) or strip_casts(node.args[0]) is not strip_casts(of):
         return False
-    return argument(node, 1, "dim") in (-1, 3) and argument(node, 2, "keepdim", False) is True
+    return (
+        argument(node, 1, "dim") in (-1, example(node.args[0]).dim() - 1)
+        and argument(node, 2, "keepdim", False) is True
+    )
 
 
-def _is_minus_infinity(filler: Any, dtype: torch.dtype) -> bool:
-    return isinstance(filler, (int, float)) and filler <= max(torch.finfo(dtype).min, -1e9)
+def _is_lowest(filler: Any, dtype: torch.dtype) -> bool:
+    number = constant(filler)
+    return number is not None and number <= max(torch.finfo(dtype).min, -1e9)
 
 
 def _name(node: Node) -> str:

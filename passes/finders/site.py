@@ -18,10 +18,14 @@ class Mask:
         node: broadcastable to [batch, query_heads, n, columns].
         kind: "keep" for bool where True attends, "drop" for bool where True does not, "add" for float; "flex" where
             `node` is a `flex_attention` whose mask is still a function.
+        factor: what is added is this times `node`, but nothing that it masks becomes visible.
+        flat: whether `node` is [batch * query_heads, n, columns].
     """
 
     node: Node
     kind: str
+    factor: float = 1.0
+    flat: bool = False
 
 
 @dataclass
@@ -29,12 +33,13 @@ class Attention:
     """One attention site.
 
     Attributes:
-        output: the node that holds the result, [batch, query_heads, n, head_dim].
-        query: [batch, query_heads, n, head_dim].
+        output: the node that holds the result, [batch, query_heads, n, head_dim] or [batch * query_heads, n, head_dim].
+        query: of either shape as well.
         key, value: before the repetition of grouped heads, [batch, heads, tokens, head_dim].
         masks: applied after scale and softcap, all of them.
         sinks: node of one logit per query head, or None.
         reason: why the site is not understood (then the fields before it may not say all), or None.
+        heads: query heads; 0 where the site is not understood.
     """
 
     output: Node
@@ -47,6 +52,7 @@ class Attention:
     sinks: Node | None = None
     is_causal: bool = False
     reason: str | None = None
+    heads: int = 0
 
     @property
     def name(self) -> str:
@@ -55,9 +61,9 @@ class Attention:
 
 def strip_heads(site: Attention) -> None:
     """Undo the repetition of grouped heads, which must be the same for keys and values."""
-    heads = example(site.query).shape[1]
-    key, k_repeat = strip_repeat(site.key, heads)
-    val, v_repeat = strip_repeat(site.value, heads)
+    site.heads = site.heads or example(site.query).shape[1]
+    key, k_repeat = strip_repeat(site.key, site.heads)
+    val, v_repeat = strip_repeat(site.value, site.heads)
     if k_repeat != v_repeat:
         site.reason = f"keys are repeated {k_repeat} times and values {v_repeat} times"
     else:

@@ -11,6 +11,8 @@ from tqc import ops
 from tqc.ops import example
 from tqc.passes.edit import insert, size, update_input
 from tqc.passes.finders.cache import CacheWrite
+from tqc.passes.finders.site import Mask
+from tqc.passes.graph import writers
 from tqc.passes.masks import combine_masks
 from tqc.passes.plan import FUSE, Plan, Site
 from tqc.torch_private import MODULE_STACK
@@ -36,13 +38,17 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
     Must run before `pack_cache` and `read_cache`: it needs the cache writes as the model spelled them.
     """
     sites = plan.with_action(FUSE)
+    combined: dict[tuple[Mask, ...], Node | None] = {}
     stored: dict[Node, Node] = {}  # by a write as the model spelled it, the cache with its tokens
     consumed: dict[Node, Node] = {}  # by a cache that has been stored into, the attention in front of that
     for site in sites:
         assert site.key and site.value
         output = site.attention.output
         with gm.graph.inserting_before(output):
-            mask = combine_masks(gm.graph, site.attention.masks, _columns(gm, site))
+            masks = site.attention.masks
+            if masks not in combined or any(writers(mask.node) for mask in masks):  # layers share what is made of them
+                combined[masks] = combine_masks(gm.graph, site.attention, _columns(gm, site))
+            mask = combined[masks]
             for cache in (site.key, site.value):
                 if cache.past in consumed and cache.node not in stored:
                     with gm.graph.inserting_before(consumed[cache.past]):
@@ -53,6 +59,8 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
                 if cache.kind != "read" and cache.node not in stored:
                     stored[cache.node] = _store(gm.graph, site, cache, mask)
                     consumed.setdefault(cache.past, out)
+            if example(output).dim() == 3:
+                out = insert(gm.graph, "reshape", out, (-1, size(gm.graph, out, 2), size(gm.graph, out, 3)))
             if example(out).dtype != example(output).dtype:
                 out = insert(gm.graph, "to", out, example(output).dtype)
         output.replace_all_uses_with(out)
@@ -87,7 +95,10 @@ def _attend(graph: Graph, site: Site, mask: Node | None, stored: dict[Node, Node
     assert key and val
     how: dict[str, Any] = {"attn_mask": mask, "sinks": attention.sinks, "scale": attention.scale}
     how |= {"softcap": attention.softcap, "is_causal": attention.is_causal}
-    operands = [attention.query, *(stored.get(cache.node, cache.past) for cache in (key, val))]
+    query = attention.query
+    if example(query).dim() == 3:
+        query = insert(graph, "reshape", query, (-1, attention.heads, size(graph, query, 1), size(graph, query, 2)))
+    operands = [query, *(stored.get(cache.node, cache.past) for cache in (key, val))]
     if key.kind != "read" and key.node not in stored:
         operands += [key.new, val.new]
         if key.kind == "write":

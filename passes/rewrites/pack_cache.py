@@ -5,12 +5,11 @@ from __future__ import annotations
 import operator
 
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc import ops
-from tqc.ops import example
 from tqc.passes.edit import insert, size, update_input
 from tqc.passes.finders.cache import CacheWrite
+from tqc.passes.masks import combine_masks
 from tqc.passes.plan import PACK, Plan, Site
 
 
@@ -61,7 +60,7 @@ def _adopt(gm: GraphModule, site: Site) -> None:
     assert key and val and key.past and val.past
     with gm.graph.inserting_before(site.attention.output.next):
         count = size(gm.graph, key.new, 2)
-        mask = None if key.prefix is not None else _mask_of_columns(site)
+        mask = None if key.prefix is not None else combine_masks(gm.graph, site.attention, None)
         specs = (str(site.k_fmt), str(site.v_fmt))
         operands = (key.past, val.past, key.positions, count, mask, *specs, key.counted)
         adopted = site.mark(insert(gm.graph, ops.adopt, *operands))
@@ -70,11 +69,3 @@ def _adopt(gm: GraphModule, site: Site) -> None:
         for source in filter(None, (write.past, write.operation)):
             source.replace_all_uses_with(part, lambda user: user.op == "output")
         update_input(write.past, part)
-
-
-def _mask_of_columns(site: Site) -> Node:
-    """The mask that says which columns of the preallocated cache are visible."""
-    assert site.key
-    capacity = example(site.key.past).shape[2]
-    masks = (mask.node for mask in site.attention.masks)
-    return next(mask for mask in masks if statically_known_true(example(mask).shape[-1] == capacity))

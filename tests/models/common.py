@@ -30,6 +30,7 @@ _DECODER = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+_SMALL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 _SEQ2SEQ = {
     "vocab_size": VOCAB,
     "pad_token_id": 0,
@@ -96,6 +97,44 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_DECODER, **_MIXED, "sliding_window": 24}, 2, 1),
     "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", {**_DECODER, **_MIXED, "sliding_window": 24}, 2, 1),
     "gpt_oss": Family("GptOssForCausalLM", "GptOssConfig", {**_DECODER, **_MIXED, **_MOE, "sliding_window": 24}, 2, 1),
+    "codegen": Family(
+        "CodeGenForCausalLM",
+        "CodeGenConfig",
+        {**_SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512, "n_ctx": 512},
+    ),
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {
+            **{**_SMALL, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 512},
+            **{"attention_types": [[["global", "local"], 1]], "window_size": 24},
+        },
+    ),
+    "bloom": Family("BloomForCausalLM", "BloomConfig", {**_SMALL, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "trocr": Family(
+        "TrOCRForCausalLM",
+        "TrOCRConfig",
+        {
+            **{**_SMALL, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
+            **{"max_position_embeddings": 512, "use_cache": True, "is_decoder": False},
+        },
+    ),
+    "xglm": Family(
+        "XGLMForCausalLM",
+        "XGLMConfig",
+        {**_SMALL, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 512},
+    ),
+    "falcon_alibi": Family(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {
+            **{**_SMALL, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+            **{"new_decoder_architecture": False, "multi_query": False},
+        },
+    ),
+    "mpt": Family(
+        "MptForCausalLM", "MptConfig", {**_SMALL, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}
+    ),
     "t5": Family(
         "T5ForConditionalGeneration",
         "T5Config",

@@ -148,7 +148,7 @@ def test_without_a_cache_nothing_is_touched(llama: Any) -> None:
     with compiled(llama) as plans:
         actual = llama(ids, use_cache=False).logits
     assert torch.equal(actual, expected)
-    assert [site.action for plan in plans for site in plan.sites] == ["dense", "dense"]
+    assert [site.action for plan in plans for site in plan.sites] == ["uncached", "uncached"]
 
 
 def test_grad_is_refused(llama: Any) -> None:

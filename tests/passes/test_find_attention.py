@@ -141,11 +141,6 @@ NOT_UNDERSTOOD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = 
         (torch.tensor(0.3),),
         "scaled by a tensor",
     ),
-    "mask before scale": (
-        lambda q, k, v, b: softmax((q @ repeat(k).transpose(2, 3) + b) * 0.25) @ repeat(v),
-        (bias(),),
-        "comes before the scale",
-    ),
     "relu of scores": (
         lambda q, k, v: softmax(torch.relu(q @ repeat(k).transpose(2, 3))) @ repeat(v),
         (),
