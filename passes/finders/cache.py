@@ -156,7 +156,9 @@ def _is_projected(node: Node, among: set[Node]) -> bool:
 
 def _extends_input(node: Node) -> bool:
     tensors = argument(node, 0, "tensors") if calls(node, torch.cat, torch.concat) else None
-    past = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
+    if not isinstance(tensors, (list, tuple)) or not tensors:
+        return False
+    past = tensors[0]
     if not isinstance(past, Node) or not isinstance(example(past), TENSORS):
         return False
     if is_packed(past) or _is_empty(past):
