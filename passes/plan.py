@@ -14,7 +14,7 @@ from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.ops import TENSORS, example
 from tqc.passes.finders.attention import find_attention
-from tqc.passes.finders.cache import NOT_WRITTEN, CacheWrite, find_cache, find_write, has_cache
+from tqc.passes.finders.cache import NOT_WRITTEN, CacheWrite, find_cache, find_latents, find_write, has_cache
 from tqc.passes.finders.products import find_product
 from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
 from tqc.passes.finders.sdpa import SDPA
@@ -24,6 +24,7 @@ from tqc.passes.graph import calls, layer_numbers, model_name, rearranges, write
 # What becomes of a site.
 FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
 PACK = "pack"  # attention is over this call's own tokens, and stays; the cache that leaves the graph is packed
+READ = "read"  # the cache is packed, and decoded for what attention's keys and values are computed from
 DENSE = "dense"
 UNCACHED = "uncached"  # nothing is there to pack: no call before or behind this one shares its keys and values
 
@@ -100,7 +101,7 @@ class Plan:
 
     def why_dense(self) -> str | None:
         """Why nothing is packed of a graph that has a cache; None where something is, or nothing should be."""
-        if any(site.action in (FUSE, PACK) for site in self.sites):
+        if any(site.action in (FUSE, PACK, READ) for site in self.sites):
             return None
         # A function that is given keys and values has no cache; a model that is has one that others write.
         expected = {SKIPPED} if self.model else {SKIPPED, NOT_WRITTEN}
@@ -167,6 +168,9 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         site.reason = attention.reason
         return
     key, val = find_cache(attention.key), find_cache(attention.value)
+    computed = ""  # how, where keys and values are not what the cache holds
+    if isinstance(key, str) and isinstance(val, str) and len(held := find_latents(attention.key, attention.value)) == 2:
+        computed, (key, val) = key, held
     for found in (key, val):
         if isinstance(found, str):
             site.reason = found
@@ -182,8 +186,8 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
 
     if key.packed:
         site.k_fmt, site.v_fmt = example(key.past).fmt, example(val.past).fmt
-        site.reason = _why_not_fused(site) or ""
-        action = FUSE
+        site.reason = "" if computed else _why_not_fused(site) or ""
+        action = READ if computed else FUSE
     else:
         site.reason = _why_not_packed(site, outputs) or ""
         if not site.reason:
@@ -193,7 +197,9 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     if site.reason:
         return
     site.action = action
-    if config.fold_values or (site.v_fmt and site.v_fmt.folded):
+    if computed:
+        site.notes.append(computed)
+    elif config.fold_values or (site.v_fmt and site.v_fmt.folded):
         _fold(site, config)
 
 

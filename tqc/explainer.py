@@ -13,7 +13,7 @@ from tqc.backend import tqai
 from tqc.cache.io import cache_bytes
 from tqc.inner_models import Calls, generate_of
 from tqc.optimized_module import options_of
-from tqc.passes.plan import FUSE, UNCACHED
+from tqc.passes.plan import FUSE, READ, UNCACHED
 from tqc.report import Explanation, collect
 from tqc.torch_private import missing, pytree
 
@@ -68,7 +68,7 @@ def explain(
         explanation.notes.append("no attention was found")
     elif actions == {UNCACHED}:
         explanation.notes.append("no attention has a cache, so there is nothing to pack")
-    elif FUSE not in actions:
+    elif not actions & {FUSE, READ}:
         explanation.notes.append("no attention reads a packed cache")
     return explanation
 

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from tqc.passes.plan import DENSE, FUSE, PACK, UNCACHED, Plan
+from tqc.passes.plan import DENSE, FUSE, PACK, READ, UNCACHED, Plan
 
 log = logging.getLogger(__name__)
 _said: set[tuple[str, str]] = set()
@@ -91,6 +91,7 @@ class Explanation:
         meaning = {
             FUSE: "attention reads packed",
             PACK: "cache packed on leaving",
+            READ: "cache packed, read decoded",
             DENSE: "left dense",
             UNCACHED: "has no cache",
         }

@@ -72,6 +72,21 @@ def find_cache(node: Node) -> CacheWrite | str:
     return _why_unknown(node)
 
 
+def find_latents(*nodes: Node) -> list[CacheWrite]:
+    """The growing caches that keys and values are expanded from, as DeepSeek's latent and rotary key are; in graph
+    order, none where something else is cached above them."""
+    found, edge, writes = set(nodes), set(nodes), dict[Node, CacheWrite]()
+    while edge:
+        for node in edge:
+            write = _match_cat(node) if _extends_input(node) else None
+            if isinstance(write, CacheWrite):
+                writes[node] = write
+        makers = [maker for node in edge if node not in writes for maker in (node, *writers(node))]
+        edge = {source for maker in makers for source in maker.all_input_nodes} - found
+        found |= edge
+    return [writes[node] for node in nodes[0].graph.nodes if node in writes]
+
+
 def has_cache(node: Node, others: set[Node]) -> bool:
     """Whether keys or values are taken from an earlier call, or kept for a later one.
 

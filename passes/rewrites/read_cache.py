@@ -10,9 +10,9 @@ from torch.fx import GraphModule, Node
 from tqc import ops
 from tqc.ops import Op, example, is_packed
 from tqc.passes.edit import insert, size, update_input
-from tqc.passes.finders.cache import CacheWrite, find_write
-from tqc.passes.graph import MEASURES, is_in_place, writers
-from tqc.passes.plan import Plan
+from tqc.passes.finders.cache import CacheWrite, find_cache, find_write
+from tqc.passes.graph import MEASURES, calls, is_in_place, writers
+from tqc.passes.plan import READ, Plan, Site
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,11 @@ def read_cache(gm: GraphModule, plan: Plan) -> int:
     After:
         dense = read(k_cache); y = some_op(dense)
 
+    One that grows without an attention that is understood, or holds latents, is extended and decoded:
+        keys = cat([k_cache, key], -2); y = some_op(keys); return (keys, y)
+    becomes
+        keys = extend(k_cache, key); dense = read(keys); y = some_op(dense); return (keys, y)
+
     One that is written in place along its length becomes a `write`; one that is written in any other way is decoded for
     the whole graph and packed anew at its end.
 
@@ -32,7 +37,12 @@ def read_cache(gm: GraphModule, plan: Plan) -> int:
     the plan says why they were not understood.
     """
     caches = [node for node in gm.graph.nodes if is_packed(node) and not is_in_place(node) and _torch_users(node)]
+    sites = {write.past: site for site in plan.with_action(READ) for write in (site.key, site.value) if write}
     for cache in caches:
+        if grown := _grown(cache):
+            _extend(gm, cache, grown, sites.get(cache))
+            if not _torch_users(cache):
+                continue
         written = writers(cache)
         write = find_write(cache, written, None) if written else None
         if isinstance(write, CacheWrite) and write.operation:
@@ -48,6 +58,29 @@ def _torch_users(cache: Node) -> list[Node]:
     """Those that are more than a question about its shape, in graph order."""
     users = {user for user in cache.users if not isinstance(user.target, Op) and user.op != "output"}
     return [node for node in cache.graph.nodes if node in users and not isinstance(example(node), MEASURES)]
+
+
+def _grown(cache: Node) -> Node | None:
+    """The concatenation of a packed cache and new tokens that leaves the graph."""
+    for user in cache.users:
+        leaves = any(reader.op == "output" for reader in user.users)
+        if leaves and calls(user, torch.cat, torch.concat) and isinstance(find_cache(user), CacheWrite):
+            return user
+    return None
+
+
+def _extend(gm: GraphModule, cache: Node, grown: Node, site: Site | None) -> None:
+    write = find_cache(grown)
+    assert isinstance(write, CacheWrite) and write.new
+    with gm.graph.inserting_before(grown):
+        extended = insert(gm.graph, ops.extend, cache, _folded(cache, write.new))
+        dense = insert(gm.graph, ops.read, extended)
+    if site:
+        site.mark(extended)
+        site.mark(dense)
+    grown.replace_all_uses_with(extended, lambda user: user.op == "output")
+    grown.replace_all_uses_with(dense)
+    gm.graph.erase_node(grown)
 
 
 def _read(gm: GraphModule, cache: Node) -> None:

@@ -185,7 +185,6 @@ FAMILIES: dict[str, Family] = {
             "first_k_dense_replace": 2,
         },
         0,
-        2,
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
@@ -202,7 +201,6 @@ FAMILIES: dict[str, Family] = {
             "first_k_dense_replace": 2,
         },
         0,
-        2,
     ),
 }
 

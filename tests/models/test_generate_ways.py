@@ -93,7 +93,7 @@ def test_a_compilation_around_the_compiled_model(in_place):
 CACHES = {
     "offloaded": (lambda config: OffloadedCache(config=config), "an offloaded cache"),
     "quantized": (lambda _: Cache(layers=[EightBits(residual_length=32) for _ in range(2)]), "not of a cache and new"),
-    "fp8": (None, "by to"),
+    "fp8": (None, "the keys are torch.float8"),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.passes.common import compiled, error, only_site, packed, tensors
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.passes.plan import DENSE, FUSE, PACK
+from tqc.passes.plan import DENSE, FUSE, PACK, READ
 
 TOKENS = 81
 Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -200,10 +200,10 @@ def test_what_is_not_understood_is_right_and_says_why(name: str) -> None:
         torch.manual_seed(0)
         out, new_keys, _ = fast(q, k, v, k_cache, v_cache, *rest)
     site = only_site(plans)
-    assert site.action == DENSE and reason in site.reason, site
+    assert site.action in (DENSE, READ) and reason in (site.reason or "; ".join(site.notes)), site
     for a, b in zip(out, expected, strict=True) if isinstance(out, tuple) else [(out, expected)]:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert error(new_keys.dequantize() if isinstance(new_keys, PackedTensor) else new_keys, keys) < 1e-6
+    assert error(new_keys.dequantize(), keys) < 1e-6, "the cache stays packed all the same"
 
 
 def test_a_router_is_no_attention() -> None:

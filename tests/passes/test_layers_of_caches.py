@@ -144,7 +144,6 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     "name, attn, reason",
     [
         ("gemma2", "eager", "a sliding window: concatenated, then cut"),
-        ("deepseek_v2", "sdpa", "the cache holds latents"),
         ("llama", "sdpa", "the head_dim of the keys is 20, not a multiple of 8"),
     ],
 )
