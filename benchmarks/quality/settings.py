@@ -30,7 +30,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from tqc.cache.storage import Storage
 from tqc.config import Config
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.format.quantizer import decode_pages, encode_pages, head_centre, token_scales, unrotate
+from tqc.format.quantizer import decode_pages, encode_pages, head_centre, unrotate
+from tqc.ops.planes import correction
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 2048
@@ -75,16 +76,14 @@ def roundtrip(x: torch.Tensor, fmt: PackedFormat) -> tuple[torch.Tensor, torch.T
     """What a cache holds once the tokens of `x` [batch, heads, n, head_dim] are packed.
 
     Returns:
-        (sinks as they came and the decoded tokens of whole pages [batch, heads, m, head_dim], scales of these tokens,
-        0 for the sinks [batch, heads, m]).
+        (sinks as they came and the decoded tokens of whole pages [batch, heads, m, head_dim], their pages).
     """
     whole = (x.shape[2] - fmt.sink_tokens) // PAGE_TOKENS * PAGE_TOKENS
     rows = x[:, :, fmt.sink_tokens : fmt.sink_tokens + whole]
     centre = head_centre(rows[:, :, :PAGE_TOKENS], fmt)
     pages = encode_pages(rows, centre, fmt)
     decoded = unrotate(decode_pages(pages, centre, fmt), fmt).to(x.dtype)
-    scales = F.pad(token_scales(pages, fmt).flatten(2), (fmt.sink_tokens, 0))
-    return torch.cat([x[:, :, : fmt.sink_tokens], decoded], dim=2), scales
+    return torch.cat([x[:, :, : fmt.sink_tokens], decoded], dim=2), pages
 
 
 class DecodingThroughCache:
@@ -99,10 +98,8 @@ class DecodingThroughCache:
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
             return out.transpose(1, 2), None
         k_fmt = self.setting.k
-        (packed_key, scales), (packed_value, _) = roundtrip(key, k_fmt), roundtrip(value, self.setting.v)
-        # The correction for the coding error in the scores, as in `tqc.ops.attend`.
-        energy = (query * scaling).square().sum(-1)
-        variance = (k_fmt.score_variance * scales.square()).repeat_interleave(query.shape[1] // key.shape[1], 1)
+        (packed_key, pages), (packed_value, _) = roundtrip(key, k_fmt), roundtrip(value, self.setting.v)
+        added = F.pad(correction(query, pages, scaling, k_fmt), (k_fmt.sink_tokens, 0))
         outs, begin, length = [], 0, query.shape[2]
         while begin < length:
             # Queries begin..end - 1 find equally many packed tokens.
@@ -115,7 +112,7 @@ class DecodingThroughCache:
             values = torch.cat([packed_value[:, :, :old], value[:, :, old:end]], dim=2)
             rows = query[:, :, begin:end]
             mask = torch.full((end - begin, end), -math.inf).triu(begin + 1).expand(*query.shape[:2], -1, -1).clone()
-            mask[..., :old] += 0.5 * energy[:, :, begin:end, None] * variance[:, :, None, :old]
+            mask[..., :old] += added[:, :, begin:end, :old]
             outs.append(F.scaled_dot_product_attention(rows, keys, values, mask, scale=scaling, enable_gqa=True))
             begin = end
         return torch.cat(outs, dim=2).transpose(1, 2), None

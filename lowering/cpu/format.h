@@ -25,7 +25,7 @@ struct FormatArguments {
   int plane_count;
   const float *levels, *boundaries, *rotation;  // 2**bits, one less, [dim, dim]
   bool hadamard;                                // whether the rotation is of that kind and dim a power of two
-  float score_variance;  // of a coordinate's coding error, as a share of the squared scale
+  float score_stretch;  // see `PackedFormat.score_stretch`
   int folded;
 };
 
@@ -57,7 +57,7 @@ struct Format {
   // For more bits: levels in units of level16_step, first their low bytes and then their high ones.
   alignas(64) uint8_t levels16[2][256];
   float level16_step;
-  float score_variance;
+  float score_stretch;
 };
 
 inline float* aligned_copy(const float* from, int rows, int dim, bool transposed) {
@@ -76,7 +76,7 @@ inline Format* make_format(const FormatArguments& a) {
   std::fill(std::begin(f->boundaries), std::end(f->boundaries), INFINITY);
   std::copy(a.levels, a.levels + count, f->levels);
   std::copy(a.boundaries, a.boundaries + count - 1, f->boundaries);
-  f->score_variance = a.score_variance;
+  f->score_stretch = a.score_stretch;
   f->rotation = aligned_copy(a.rotation, a.dim, a.dim, false);
   f->rotation_t = aligned_copy(a.rotation, a.dim, a.dim, true);
   if (a.hadamard) {

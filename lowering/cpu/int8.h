@@ -51,9 +51,16 @@ inline int score_rows_at_once(int left, const Layout& layout) {
 // The same in sums.
 inline int sum_rows_at_once(int left) { return W == 16 && left >= 8 ? 8 : std::min(left, W == 16 ? 4 : 2); }
 
-// What makes a score of a product: (product * step + offset + scale * variance) * scale + constants[page].
+// A line of products: slope * product + intercept.
+struct Line {
+  float slope, intercept;
+};
+
+// What makes a score of a product: the higher one of two lines, `stretched` being the one behind the threshold, times
+// the token's scale, + constants[page].
 struct ScoreRow {
-  float step, offset, variance, constants[4];
+  Line plain, stretched;
+  float constants[4];
 };
 
 struct ScoreArgs {
@@ -75,7 +82,9 @@ inline void put_scores(const ScoreArgs& a, int row, int t, const vi (&pairs)[row
     const ScoreRow& as = a.rows[row + r];
     const vi sums = halves_by_lane<8>(pairs[r][0], pairs[r][1]);
     const vi products = in_token_order(sums, std::make_integer_sequence<int, W>{});
-    const vf level_part = __builtin_convertvector(products, vf) * as.step + (scale * as.variance + as.offset);
+    const vf product = __builtin_convertvector(products, vf);
+    const vf level_part = vmax(product * as.plain.slope + as.plain.intercept,
+                               product * as.stretched.slope + as.stretched.intercept);
     store(a.out + (row + r) * a.ldo + t, level_part * scale + as.constants[t / PAGE]);
   }
 }

@@ -128,7 +128,7 @@ def _load(chosen: str) -> ModuleType | build.BuildError:
             boundaries.data_ptr(),
             rotation.data_ptr(),
             fmt.rotation == "hadamard" and power_of_two,
-            fmt.score_variance,
+            fmt.score_stretch,
             fmt.folded,
         )
 

@@ -187,7 +187,7 @@ PyObject* py_chain_seconds(PyObject*, PyObject* o) try {
 }
 
 // make_format(dim, bits, centred, sink_tokens, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
-// is_hadamard, score_variance, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
+// is_hadamard, score_stretch, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
   FormatArguments a{};
   PyObject* planes;
@@ -195,7 +195,7 @@ PyObject* py_make_format(PyObject*, PyObject* args) {
   int hadamard;
   if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &a.dim, &a.bits, &a.centred, &a.sink_tokens, &a.window, &a.page_bytes,
                         &a.centre_offset, &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard,
-                        &a.score_variance, &a.folded))
+                        &a.score_stretch, &a.folded))
     return nullptr;
   a.plane_count = int(PyTuple_GET_SIZE(planes));
   for (int i = 0; i < a.plane_count; ++i)

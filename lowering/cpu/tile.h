@@ -28,7 +28,7 @@ struct Tile {
   int group;
 
   float *query, *rotated, *head_bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
-  float *query_step, *factor, *sums, *value_scales;
+  float *query_step, *stretch_from, *factor, *sums, *value_scales;
   ScoreRow* score_rows;
   uint8_t *codes, *weights8, *nibbles;
   uint16_t* weights16;
@@ -66,6 +66,7 @@ struct Tile {
     query_lanes = s.take<int8_t>(2 * count * ldk * LANES);
     query_sum = s.take<int32_t>(count);
     query_step = s.take<float>(count);
+    stretch_from = s.take<float>(count);
     factor = s.take<float>(count);
     sums = s.take<float>(count * W);
     value_scales = s.take<float>(TILE);
@@ -98,7 +99,8 @@ struct Tile {
     }
     for (int r = 0; r < count; ++r) {
       score_rows[r] = {};
-      score_rows[r].variance = 0.5f * fk.score_variance * dot(query + r * ldk, query + r * ldk, ldk);
+      const float norm = std::sqrt(dot(query + r * ldk, query + r * ldk, ldk));
+      stretch_from[r] = norm < INFINITY ? norm : NAN;
       head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
     }
   }
@@ -157,6 +159,14 @@ struct Tile {
     else score_codes(args, ahead);
   }
 
+  // Products p of levels and a query are corrected for the coding error, as `tqc.ops.attend` says: behind |query| they
+  // are stretched, to p + stretch (p - |query|).
+  void set_lines(ScoreRow& row, Line plain, int r) const {
+    const float stretch = k.store.f->score_stretch, slope = 1 + stretch;
+    row.plain = plain;
+    row.stretched = {plain.slope * slope, plain.intercept * slope - stretch * stretch_from[r]};
+  }
+
   // Fills `score_rows` for int8 products.
   void centre_bytes(const uint8_t* page, int pages) {
     const Format& f = *k.store.f;
@@ -167,8 +177,8 @@ struct Tile {
     }
     for (int r = 0; r < count; ++r) {
       ScoreRow& row = score_rows[r];
-      row.step = query_step[r] * f.score_step;
-      row.offset = -LEVEL_BIAS * query_sum[r] * row.step;
+      const float step = query_step[r] * f.score_step;
+      set_lines(row, {step, -LEVEL_BIAS * query_sum[r] * step}, r);
       if (!f.centred) continue;
       const i4 at_centre = dot_nibbles(nibbles, query8 + r * query_bytes(), query_bytes()) - CENTRE_ZERO * query_sum[r];
       for (int p = 0; p < pages; ++p) row.constants[p] = float(at_centre[p]) * query_step[r] * steps[p] + head_bias[r];
@@ -178,7 +188,7 @@ struct Tile {
   // The same for int16 products, which are so exact that the centre's is in float32.
   void centre_words(const uint8_t* page, int pages) {
     const Format& f = *k.store.f;
-    for (int r = 0; r < count; ++r) score_rows[r].step = query_step[r] * f.level16_step;
+    for (int r = 0; r < count; ++r) set_lines(score_rows[r], {query_step[r] * f.level16_step, 0}, r);
     for (int p = 0; p < pages && f.centred; ++p, page += k.store.pages_page) {
       page_centre(centre, page, f);
       for (int r = 0; r < count; ++r) score_rows[r].constants[p] = dot(rotated + r * ldk, centre, ldk) + head_bias[r];
@@ -208,8 +218,7 @@ struct Tile {
     }
   }
 
-  // scores [count, 32] before softcap and mask. Packed tokens' are corrected for their coding error: half the
-  // variance of the score is added, which is D s_t^2 |scale q|^2.
+  // scores [count, 32] before softcap and mask, those of packed tokens corrected for their coding error.
   void score(const Run& run, int64_t at, int tokens) {
     const Format& f = *k.store.f;
     if (run.kind == Kind::Zeros) {
@@ -232,10 +241,12 @@ struct Tile {
       for (int t = tokens; t < PAGE; ++t) scales[run.offset + t] = 0;
       for (int r = 0; r < count; ++r) {
         vf constant = splat(f.centred ? dot(rotated + r * ldk, centre, ldk) + head_bias[r] : 0.0f);
+        set_lines(score_rows[r], {1, 0}, r);
+        const Line stretched = score_rows[r].stretched;
         for (int t = 0; t < PAGE; t += W) {
           float* s = scores + r * SCORES_LD + t;
-          const vf token = load(scales + run.offset + t);
-          store(s, (load(s) + token * score_rows[r].variance) * token + constant);
+          const vf product = load(s), scale = load(scales + run.offset + t);
+          store(s, vmax(product, product * stretched.slope + stretched.intercept) * scale + constant);
         }
       }
     }

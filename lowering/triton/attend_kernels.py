@@ -75,18 +75,22 @@ def _tile_scale_parts(pages, first_page, step, paging, TILE: tl.constexpr):
 
 
 @triton.jit
-def _packed_scores(pages, first_page, step, paging, levels, scales, q, bias, fmt: tl.constexpr, TILE: tl.constexpr):
-    """Products of a tile of packed keys with queries `q` of `rotated`, [TILE, rows].
+def _packed_scores(
+    pages, first_page, step, paging, levels, scales, q, bias, deducted, fmt: tl.constexpr, TILE: tl.constexpr
+):
+    """Products of a tile of packed keys with queries `q` of `rotated`, corrected for coding errors, [TILE, rows].
 
     Args:
         scales: of `token_scales`, [TILE]; bias: products of the head's centre with the queries, [rows].
+        deducted: |q| times the format's `score_stretch`, [rows].
     """
     place = tl.arange(0, TILE)
     EXACT: tl.constexpr = q.dtype == tl.float32
     # In float32 an operand takes up to four times the registers.
     PARTS: tl.constexpr = max(fmt.columns // 32, 1) if EXACT else 1
     at = _page_at(first_page + place // PAGE, step, paging)
-    scores = dot_by_parts(levels_tile(pages, at, place % PAGE, levels, fmt, EXACT), q, PARTS) * scales[:, None]
+    scores = dot_by_parts(levels_tile(pages, at, place % PAGE, levels, fmt, EXACT), q, PARTS)
+    scores = tl.maximum(scores, scores * (1.0 + fmt.score_stretch) - deducted[None, :]) * scales[:, None]
     if fmt.centred:
         at = _page_at(first_page + tl.arange(0, TILE // PAGE), step, paging)
         of_page = dot_by_parts(centre_codes(pages, at, fmt).to(q.dtype), q, PARTS)
@@ -250,8 +254,11 @@ def attend_kernel(
     tile_end = tl.minimum(tile_first + each, tiles)
     if tile_first < tile_end:
         q, factor, energy = rotated(_row_address(query, q_strides, b, q_head, i), row_valid, k_rotation, k_fmt, EXACT)
+        deducted = tl.where(factor > 0, tl.sqrt(energy) / factor, 0.0) * k_fmt.score_stretch
+        if scale < 0:
+            q = -q
+            factor = -factor
         factor *= scale * LOG2E
-        half_variance = energy * (0.5 * k_fmt.score_variance * LOG2E * scale * scale)
         k_element, k_exists = column_element(k_fmt)
         v_element, v_exists = column_element(v_fmt)
         k_head = _dense_rows(k_dense, b * heads + h, k_fmt)
@@ -281,8 +288,10 @@ def attend_kernel(
             inside = place < coded - tile * TILE
             scales = token_scales(k_code, k_base)
             k_code, k_base = _tile_scale_parts(k_of_head, page + PAGES, k_page_step, paging, TILE)
-            scores = _packed_scores(k_of_head, page, k_page_step, paging, k_levels, scales, q, bias, k_fmt, TILE)
-            scores = scores * factor[None, :] + half_variance[None, :] * (scales * scales)[:, None]
+            scores = _packed_scores(
+                k_of_head, page, k_page_step, paging, k_levels, scales, q, bias, deducted, k_fmt, TILE
+            )
+            scores = scores * factor[None, :]
             column = (place + (k_fmt.sink_tokens + tile * TILE)).to(tl.int64)
             shown = inside
             if padding is not None:

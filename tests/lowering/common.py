@@ -137,7 +137,7 @@ def draw_arguments(data, k_fmt, v_fmt, length, rows, device="cpu", *, batch, hea
         attn_mask=None if mask is None else mask.to(device),
         sinks=data.draw(st.sampled_from([None, sinks])),
         start=None if start is None else torch.tensor([start, 77], device=device),
-        scale=data.draw(st.sampled_from([k_fmt.head_dim**-0.5, 0.3])),
+        scale=data.draw(st.sampled_from([k_fmt.head_dim**-0.5, 0.3, -0.2])),
         softcap=data.draw(st.sampled_from([0.0, 0.0, 20.0])),
         is_causal=data.draw(st.booleans()),
     )
@@ -150,6 +150,15 @@ def check_attend(attend, given):
     assert actual.dtype == dtype and actual.transpose(1, 2).is_contiguous()
     compare(actual, expected, dtype)
     compare(lse, expected_lse, dtype)
+
+
+def check_large_scores(attend, bits, device="cpu"):
+    """Scores that deviate by more than ten nats, where corrections for coding errors decide; negative factors."""
+    for scale in (0.3, -0.3):
+        k_fmt, v_fmt = PackedFormat(64, bits, True), PackedFormat(64, bits, False)
+        given = arguments(k_fmt, v_fmt, 300, device, heads=2, group=3, rows=2, dtype=torch.float32, scale=scale)
+        given["query"] = 5 * given["query"]
+        check_attend(attend, given)
 
 
 def check_int8(int8, plain, exact):

@@ -35,7 +35,7 @@ struct Tensor {
     const auto* n = (const int32_t*)numbers.data();
     FormatArguments a{n[0], n[1], n[2], n[3], n[4], n[5], n[6], {}, 0, (const float*)levels.data(),
                       (const float*)boundaries.data(), (const float*)rotation.data(), n[7] != 0, 0};
-    memcpy(&a.score_variance, n + 8, 4);
+    memcpy(&a.score_stretch, n + 8, 4);
     heads = n[9];
     a.plane_count = n[10];
     for (int i = 0; i < a.plane_count; ++i) a.planes[i] = {n[11 + 3 * i], n[12 + 3 * i], n[13 + 3 * i]};

@@ -15,6 +15,7 @@ from tests.lowering.common import (
     check_attend,
     check_bytes,
     check_int8,
+    check_large_scores,
     compare,
     draw_arguments,
     drawn,
@@ -128,6 +129,11 @@ def test_attend(provider, data):
     k_fmt, v_fmt = data.draw(formats), data.draw(formats)
     given = draw_arguments(data, k_fmt, v_fmt, length, rows, batch=batch, heads=heads, group=group)
     check_attend(provider.attend, given)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 6])
+def test_large_scores(provider, bits):
+    check_large_scores(provider.attend, bits)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -53,7 +53,7 @@ def describe(fmt):
         fmt.centre_offset,
     )
     numbers = struct.pack(
-        f"<8if2i{len(planes)}i", *head, power_of_two, fmt.score_variance, HEADS, len(fmt.planes), *planes
+        f"<8if2i{len(planes)}i", *head, power_of_two, fmt.score_stretch, HEADS, len(fmt.planes), *planes
     )
     return [np.frombuffer(numbers, np.uint8), fmt.levels(), fmt.boundaries(), fmt.rotation_matrix()]
 

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.lowering.common import DTYPES, arguments, check_attend, compare, draw_arguments, drawn, filled
+from tests.lowering.common import (
+    DTYPES,
+    arguments,
+    check_attend,
+    check_large_scores,
+    compare,
+    draw_arguments,
+    drawn,
+    filled,
+)
 from tqc.format import PackedFormat
 from tqc.ops import planes as ops
 
@@ -62,6 +71,11 @@ def test_attend(triton_device, data):
     length = data.draw(st.sampled_from([0, 3, 40, 120]))
     rows = data.draw(st.sampled_from([1, 1, 2, 7, 20]))
     check(draw_arguments(data, k_fmt, v_fmt, length, rows, triton_device, batch=batch, heads=heads, group=group))
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_large_scores(triton_device, bits):
+    check_large_scores(kernels.attend, bits, triton_device)
 
 
 def test_prefill_takes_several_blocks_of_rows(triton_device):

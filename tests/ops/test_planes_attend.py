@@ -7,6 +7,7 @@ import torch
 
 from tests.common import filled, normal
 from tqc.format import PAGE_TOKENS, PackedFormat, codebook
+from tqc.format.quantizer import decode_pages
 from tqc.ops import planes as ops
 
 CENTRED = PackedFormat(64, 4, True)
@@ -14,31 +15,36 @@ PLAIN = PackedFormat(64, 4, False)
 FOLDED = PackedFormat(64, 4, False, folded=True)
 
 
-def coding_variance(parts, fmt, length, columns):
-    """Variance of the error in each coordinate of each key, [batch, heads, columns]; 0 where a key is not packed."""
-    pages, _, state = parts
-    variance = torch.zeros(*pages.shape[:2], columns, dtype=torch.float64)
+def corrections(query, parts, fmt, length, columns, scale=0.125):
+    """What the coding error adds to each score, [batch, query_heads, n, columns]; 0 where a key is not packed."""
+    pages, dense, state = parts
     stored, packed = state.tolist()
+    rotated = (query.double() * scale) @ fmt.rotation_matrix().double().T
+    group = query.shape[1] // pages.shape[1]
+    added = torch.zeros(*query.shape[:3], columns, dtype=torch.float64)
     for u in range(min(packed, min(stored, length) - fmt.sink_tokens)):
-        page = pages[:, :, u // PAGE_TOKENS]
-        base = page[..., :4].contiguous().view(torch.float32)[..., 0].double()
-        scale = base * 2.0 ** (-page[..., fmt.scales_offset + u % PAGE_TOKENS].double() / 32)
-        variance[:, :, fmt.sink_tokens + u] = codebook.distortion(fmt.head_dim, fmt.bits) * scale**2
-    return variance
+        page, place = pages[:, :, u // PAGE_TOKENS], u % PAGE_TOKENS
+        decoded = decode_pages(page.unsqueeze(2), dense[:, :, 0], fmt)[:, :, place].double()
+        nibbles = page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2]
+        centre = torch.cat([nibbles & 15, nibbles >> 4], dim=-1).double() - 8
+        centre = centre * page[..., 4:8].contiguous().view(torch.float32).double() + dense[:, :, 0].double()
+        by_codes = (decoded - centre).repeat_interleave(group, 1)
+        scale_of = page[..., :4].contiguous().view(torch.float32)[..., 0].double()
+        scale_of = scale_of * 2.0 ** (-page[..., fmt.scales_offset + place].double() / 32)
+        deviation = rotated.norm(dim=-1) * scale_of.repeat_interleave(group, 1)[..., None]
+        part = torch.einsum("bhqd,bhd->bhq", rotated, by_codes)
+        stretch = codebook.distortion(fmt.head_dim, fmt.bits)
+        added[..., fmt.sink_tokens + u] = torch.where(part > deviation, stretch * (part - deviation), 0.0)
+    return added
 
 
-def dense_attention(query, keys, values, mask=None, sinks=None, scale=0.125, softcap=0.0, variance=None):
-    """Softmax attention in float64, with `mask` as additive [batch, query_heads, n, columns].
-
-    `variance`: of the error in each coordinate of each key; a score gets half its own.
-    """
+def dense_attention(query, keys, values, mask=None, sinks=None, scale=0.125, softcap=0.0, added=0.0):
+    """Softmax attention in float64, with `mask` as additive [batch, query_heads, n, columns]; `added` goes to the
+    scores before `softcap`."""
     group = query.shape[1] // keys.shape[1]
     keys = keys.double().repeat_interleave(group, dim=1)
     values = values.double().repeat_interleave(group, dim=1)
-    scores = torch.einsum("bhqd,bhkd->bhqk", query.double(), keys) * scale
-    if variance is not None:
-        energy = (query.double() * scale).square().sum(-1)
-        scores = scores + torch.einsum("bhq,bhk->bhqk", energy, variance.repeat_interleave(group, dim=1)) / 2
+    scores = torch.einsum("bhqd,bhkd->bhqk", query.double(), keys) * scale + added
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
@@ -75,7 +81,7 @@ class TestAttend:
         out, lse = self.attend(*given, mask=mask, **kwargs)
         keys, values = self.tokens(*given[1:], length=length)
         expected = {name: kwargs[name] for name in ("sinks", "softcap") if name in kwargs}
-        expected["variance"] = coding_variance(given[1], CENTRED, length, keys.shape[2])
+        expected["added"] = corrections(given[0], given[1], CENTRED, length, keys.shape[2])
         out_expected, lse_expected = dense_attention(given[0], keys, values, additive, **expected)
         assert out.dtype == given[0].dtype and lse.dtype == torch.float32
         assert out.shape == (*given[0].shape[:3], values.shape[3]) and lse.shape == given[0].shape[:3]
@@ -155,8 +161,8 @@ class TestAttend:
         keys, values = self.tokens(*given[1:])
         pad = (0, 0, 0, 200 - keys.shape[2])
         keys, values = torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad)
-        variance = coding_variance(k, CENTRED, self.LENGTH, 200)
-        expected, lse_expected = dense_attention(query, keys, values, mask, variance=variance)
+        added = corrections(query, k, CENTRED, self.LENGTH, 200)
+        expected, lse_expected = dense_attention(query, keys, values, mask, added=added)
         out, lse = self.attend(*given, mask=mask)
         assert torch.allclose(out.double(), expected, atol=2e-6)
         assert torch.allclose(lse.double(), lse_expected, atol=1e-5)

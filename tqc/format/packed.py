@@ -133,8 +133,9 @@ class PackedFormat:
         return HEADER_BYTES
 
     @cached_property
-    def score_variance(self) -> float:
-        """Variance of a coordinate's coding error, as a share of the squared scale (see `tqc.ops.attend`)."""
+    def score_stretch(self) -> float:
+        """By how much attention stretches high products of queries and levels (see `tqc.ops.planes.correction`): the
+        mean squared error of the codes in a coordinate of unit variance."""
         return codebook.distortion(self.head_dim, self.bits)
 
     @cached_property

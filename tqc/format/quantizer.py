@@ -174,16 +174,21 @@ def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -
 
     The caller goes on with `decoded`, or rotates the query instead.
     """
-    codes = torch.zeros(*pages.shape[:-1], PAGE_TOKENS, fmt.head_dim, dtype=torch.uint8, device=pages.device)
-    for width, shift, offset in fmt.planes:
-        plane = pages[..., offset : offset + PAGE_TOKENS * fmt.head_dim * width // 8]
-        codes = codes | (unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift)
-    y = fmt.levels(pages.device)[codes.int()] * token_scales(pages, fmt).unsqueeze(-1)
+    y = decode_levels(pages, fmt) * token_scales(pages, fmt).unsqueeze(-1)
     if fmt.centred:
         step = _recast(pages[..., 4:8], torch.float32)
         code = unpack_plane(pages[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2], 4).float()
         y = y + ((code - CENTRE_ZERO) * step).unsqueeze(-2) + centre.float()[:, :, None, None, :]
     return y.flatten(2, 3)
+
+
+def decode_levels(pages: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Levels of the codes of pages, without their scales: float32 [batch, heads, n, 32, head_dim], *rotated*."""
+    codes = torch.zeros(*pages.shape[:-1], PAGE_TOKENS, fmt.head_dim, dtype=torch.uint8, device=pages.device)
+    for width, shift, offset in fmt.planes:
+        plane = pages[..., offset : offset + PAGE_TOKENS * fmt.head_dim * width // 8]
+        codes = codes | (unpack_plane(plane.unflatten(-1, (PAGE_TOKENS, -1)), width) << shift)
+    return fmt.levels(pages.device)[codes.int()]
 
 
 def token_scales(pages: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:

@@ -43,7 +43,8 @@ def attend(
             [batch, query_heads, n, columns], columns in the order of positions; those behind stored and new tokens
             stand for keys and values of zeros, as a preallocated dense cache holds them.
         sinks: one logit per query head that joins each softmax with a value of zero, [query_heads] (gpt-oss).
-        scale: factor of the scores. The score of a packed token is corrected for its coding error.
+        scale: factor of the scores. The score of a packed token is corrected for its coding error
+            (`tqc.ops.planes.correction`).
         softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 for none.
         is_causal: new token i is seen by queries i + n - m and later ones.
         counted: as in `write`.

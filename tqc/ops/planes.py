@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.format.quantizer import (
+    decode_levels,
     decode_pages,
     decoded,
     encode_pages,
@@ -146,7 +147,7 @@ def attend(
             as a preallocated dense cache holds them.
         sinks: one logit per query head that joins each softmax with a value of zero, [query_heads] (gpt-oss).
         start: as in `append`: stored tokens from there on are ignored, and a gap counts as zeros.
-        scale: factor of the scores. The score of a packed token is corrected for its coding error (`_correct`).
+        scale: factor of the scores. The score of a packed token is corrected for its coding error (`correction`).
         softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 for none.
         is_causal: new token i is seen by queries i + n - m and later ones.
 
@@ -186,7 +187,10 @@ def attend(
 
     grouped = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
     scores = (grouped @ keys.transpose(-1, -2)).unflatten(2, (-1, rows)).flatten(1, 2) * scale
-    scores = _correct(scores, query, k_pages, k_state, length, scale, PackedFormat.parse(k_spec))
+    k_fmt = PackedFormat.parse(k_spec)
+    if (coded := min(int(k_state[1]), min(int(k_state[0]), length) - k_fmt.sink_tokens)) > 0:
+        packed = slice(k_fmt.sink_tokens, k_fmt.sink_tokens + coded)
+        scores[..., packed] += correction(query, k_pages[:, :, : -(-coded // PAGE_TOKENS)], scale, k_fmt)[..., :coded]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None:
@@ -209,24 +213,34 @@ def attend(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-def _correct(
-    scores: Tensor, query: Tensor, pages: Tensor, state: Tensor, length: int, scale: float, fmt: PackedFormat
-) -> Tensor:
-    """Add half the variance of the packed tokens' scores.
+def correction(query: Tensor, pages: Tensor, scale: float, fmt: PackedFormat) -> Tensor:
+    """What attention adds to the scores of packed tokens for their coding error.
 
-    A decoded key is the conditional mean of the true one, so exp(score) is too small on average: with a coding error
-    of variance D s_t^2 in each coordinate it lacks the factor exp(D s_t^2 |scale q|^2 / 2).
+    By its codes a token of scale s has the score s p, p = (scale q) . level. What of p exceeds |scale q| is stretched
+    by D, the error of a coordinate of unit variance: max(0, D s (p - |scale q|)) is added.
+
+    Why: the codes shrink the true s p by 1 - D and add noise of variance (1 - D) v, v = D s^2 |scale q|^2. If keys
+    have rho times the variance along q that they have on average, then, given the codes, exp(score) is
+    exp(a s p + a v / 2) on average, with a = 1 / (1 - D + D / rho). To add v / 2 to all tokens, as for rho = 1, does
+    harm where rho is small (large keys in channels to which the query does not look), without bound. Each token's p
+    bears witness for rho: p^2 is about |scale q|^2 where rho is 1, and D of that where all is noise. So up to
+    |scale q| nothing is added, and behind it what large rho gives, a - 1 being about D. The term in v is left out: it
+    is the mean of many errors, and few tokens win a softmax.
+
+    Args:
+        query: [batch, query_heads, rows, head_dim].
+        pages: uint8 [batch, heads, n, page_bytes] of the keys.
+
+    Returns:
+        float32 [batch, query_heads, rows, n * 32].
     """
-    stored, packed = state.tolist()
-    coded = min(packed, min(stored, length) - fmt.sink_tokens)
-    if coded <= 0:
-        return scores
-    scales = token_scales(pages[:, :, : -(-coded // PAGE_TOKENS)], fmt).flatten(2)[:, :, :coded]
-    group = query.shape[1] // pages.shape[1]
-    energy = (query.float() * scale).square().sum(-1, keepdim=True)
-    half_variance = 0.5 * fmt.score_variance * energy * scales.square().repeat_interleave(group, 1).unsqueeze(2)
-    columns = (fmt.sink_tokens, scores.shape[-1] - fmt.sink_tokens - coded)
-    return scores + torch.nn.functional.pad(half_variance, columns)
+    query = query.float() * scale
+    levels = decoded(decode_levels(pages, fmt).flatten(2, 3), fmt)
+    grouped = query.unflatten(1, (pages.shape[1], -1)).flatten(2, 3)
+    products = (grouped @ levels.transpose(-1, -2)).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+    above = (products - query.square().sum(-1, keepdim=True).sqrt()).clamp_min(0.0)
+    scales = token_scales(pages, fmt).flatten(2).repeat_interleave(query.shape[1] // pages.shape[1], 1)
+    return fmt.score_stretch * above * scales.unsqueeze(2)
 
 
 def position(positions: Tensor | int, device: torch.device) -> Tensor:

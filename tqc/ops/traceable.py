@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS
-from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre, token_scales, unfold
-from tqc.ops.planes import position
+from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre, unfold
+from tqc.ops.planes import correction, position
 from tqc.ops.value import Planes
 
 
@@ -131,11 +131,9 @@ def attend(
     if keys.pages.shape[2]:
         u = t - fmt.sink_tokens
         coded = (u >= 0) & (u < keys.state[1]) & (t < first)
-        scales = torch.where(coded, _take(token_scales(keys.pages, fmt).flatten(2).unsqueeze(-1), u)[..., 0], 0.0)
-        energy = (query.float() * scale).square().sum(-1, keepdim=True)
-        group = query.shape[1] // heads
-        half = 0.5 * fmt.score_variance * energy * scales.square().repeat_interleave(group, 1).unsqueeze(2)
-        scores = scores + half
+        added = correction(query, keys.pages, scale, fmt)
+        added = added.index_select(3, torch.clamp(u, 0, added.shape[3] - 1))
+        scores = scores + torch.where(coded, added, 0.0)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     visible = t < end
