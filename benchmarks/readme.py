@@ -97,6 +97,15 @@ _ATTENTION = [
     *((f"{bits}_of_floor", f"{bits[:2].upper()} {bits[2:].upper()} of floor", ".2f") for bits in ("k4v2", "k4v4")),
 ]
 _BITS = ("k4v2", "k3v3", "k4v4", "k5v5", "k6v6", "k7v7", "k8v8")
+_MODELS = [
+    ("model", "architecture", ""),
+    ("attention", "attention", ""),
+    ("result", "result", ""),
+    ("sites", "attentions of a step", ""),
+    ("packed", "packed", ""),
+    ("error", "error of the logits", ".2g"),
+    ("why", "why not more", ""),
+]
 _LEVELS = [
     ("heads_dim", "heads", ""),
     ("length", "tokens", ",d"),
@@ -140,6 +149,11 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "generate_peers": Table("Decoding, beside others on the CPU", _GENERATE_PEERS),
         "first_token": Table("From the command `tqc run` to its first token", _FIRST_TOKEN),
         "attention": Table("Decode attention, the least time of a call", _ATTENTION),
+    },
+    "docs/models.md": {
+        "models": Table(
+            "What a decoding step packs", _MODELS, lambda row: row["result"] not in ("not built", "dense run failed")
+        ),
     },
     "docs/performance.md": {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),

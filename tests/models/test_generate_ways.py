@@ -124,10 +124,8 @@ def test_caches_that_stay_dense(name, caplog):
 def test_generate_batch_says_that_it_stays_dense(caplog):
     model = llama()
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    prompts = [prompt(1, 40)[0].tolist(), prompt(1, 50)[0].tolist()]
-    results = [result.generated_tokens for result in model.generate_batch(prompts, generation_config=config).values()]
-    alone = [llama(compiled=False).generate(torch.tensor([ids]), max_new_tokens=3)[0, -3:].tolist() for ids in prompts]
-    assert results == alone
+    (result,) = model.generate_batch([prompt(1, 40)[0].tolist()], generation_config=config).values()
+    assert result.generated_tokens == llama(compiled=False).generate(prompt(1, 40), max_new_tokens=3)[0, -3:].tolist()
     assert len(told(caplog)) == 1 and "generate_batch" in told(caplog)[0]
 
 

@@ -144,24 +144,12 @@ def check(parts: tuple[str, ...], dtype: torch.dtype = torch.float32) -> None:
     assert error(new_keys.dequantize(), keys) < 1e-6 and error(new_values.dequantize(), values) < 1e-6
 
 
-DEFAULT = ("matmul", "added", "times", "scale first", "float32", "none", "matmul")
-ONE_PART_CHANGED = [
-    (*DEFAULT[:at], name, *DEFAULT[at + 1 :]) for at, part in enumerate(PARTS) for name in part if name != DEFAULT[at]
-]
-
-
 # Each part of each kind at least once.
 EVERY_PART = [tuple(sorted(part)[at % len(part)] for part in PARTS) for at in range(max(map(len, PARTS)))]
 
 
 @pytest.mark.parametrize("parts", EVERY_PART, ids=", ".join)
 def test_each_part(parts: tuple[str, ...]) -> None:
-    check(parts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [DEFAULT, *ONE_PART_CHANGED], ids=", ".join)
-def test_each_part_alone(parts: tuple[str, ...]) -> None:
     check(parts)
 
 
