@@ -52,9 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sessions", type=int, default=3)
     parser.add_argument("--calls", type=int, default=30)
+    parser.add_argument("--rest", nargs="+", default=["eager", "inductor"])
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for rest in ("eager", "inductor"):
+    for rest in arguments.rest:
         for dynamic in (None, True, False):
             for number in range(arguments.sessions):
                 session = drawn(number, arguments.calls)
