@@ -153,7 +153,7 @@ def cell(task: str, name: str, attn: str) -> dict[str, Any]:
         "packed": sum(site.action in (FUSE, READ) for site in step.sites),
         "error": round(error, 4),
     }
-    notes = [note for site in step.with_action(READ) for note in site.notes]
+    notes = [site.notes[0] for site in step.with_action(READ)]
     row["why"] = "; ".join(dict.fromkeys([*(site.reason for site in step.with_action(DENSE)), *notes]))
     row["result"] = "packed" if row["packed"] == row["sites"] else "partly" if row["packed"] else "dense"
     return row if error < TOLERANCE else {**row, "result": "WRONG"}
