@@ -23,11 +23,11 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Every architecture of transformers that builds small, an hour or two; writes benchmarks/results/models.json.
+# Every architecture of transformers that builds small, ten minutes; writes benchmarks/results/models.json.
 test-models: setup
 	$(BIN)/python -m benchmarks.models
 
-# An hour or so; writes benchmarks/results/sessions.json.
+# Some four minutes a session, longer with Inductor; writes benchmarks/results/sessions.json.
 test-sessions: setup
 	$(BIN)/python -m benchmarks.sessions
 
@@ -35,7 +35,7 @@ test-sessions: setup
 test-fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_cache_files.py --write
 
-# The CPU kernels with AddressSanitizer and UBSan, at each level that this machine runs: half an hour, most of it g++.
+# The CPU kernels with AddressSanitizer and UBSan, at each level that this machine runs: ten minutes, half of it g++.
 test-sanitizers: setup
 	$(BIN)/python benchmarks/sanitizers.py --write
 

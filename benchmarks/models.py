@@ -1,6 +1,6 @@
 """What is packed in every architecture of transformers that can be built small, without a hub.
 
-    python -m benchmarks.models                         all, an hour or two; or `make test-models`
+    python -m benchmarks.models                         all, ten minutes; or `make test-models`
     python -m benchmarks.models llama gemma3_text       some, printed only
     python -m benchmarks.models --attn eager flex_attention
 

@@ -14,7 +14,7 @@ from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.ops import TENSORS, example
 from tqc.passes.finders.attention import find_attention
-from tqc.passes.finders.cache import NOT_WRITTEN, CacheWrite, find_cache, find_latents, find_write, has_cache
+from tqc.passes.finders.cache import CacheWrite, find_cache, find_latents, find_write, has_cache
 from tqc.passes.finders.products import find_product
 from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
 from tqc.passes.finders.sdpa import SDPA
@@ -103,9 +103,7 @@ class Plan:
         """Why nothing is packed of a graph that has a cache; None where something is, or nothing should be."""
         if any(site.action in (FUSE, PACK, READ) for site in self.sites):
             return None
-        # A function that is given keys and values has no cache; a model that is has one that others write.
-        expected = {SKIPPED} if self.model else {SKIPPED, NOT_WRITTEN}
-        reasons = {site.reason for site in self.sites if site.action == DENSE} - expected
+        reasons = {site.reason for site in self.sites if site.action == DENSE} - {SKIPPED}
         if self.unread:
             reasons.add("no attention was found that reads the cache")
         return "; ".join(sorted(reasons)) or None

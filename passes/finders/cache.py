@@ -16,7 +16,6 @@ from tqc.ops.effects import written
 from tqc.passes.graph import argument, calls, rearranges, writers
 
 _FULL = slice(None, None, None)
-NOT_WRITTEN = "keys and values are an input that this call does not write (generate_batch writes it elsewhere)"
 
 
 @dataclass
@@ -68,7 +67,7 @@ def find_cache(node: Node) -> CacheWrite | str:
         if is_packed(target) and prefix is None:
             return CacheWrite("read", target, target, None)
         if target.op == "placeholder" and prefix is None:
-            return NOT_WRITTEN
+            return "keys and values are an input that this call does not write (generate_batch writes it elsewhere)"
     return _why_unknown(node)
 
 

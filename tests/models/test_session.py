@@ -16,8 +16,11 @@ import tqc
 from tests.models.common import FAMILIES, assert_close, layers, prompt
 from tests.passes.common import OPTIONS
 from tqc import report
-from tqc.cache.packed_tensor import PackedTensor
+from tqc.cache.packed_tensor import PackedTensor, pack
+from tqc.format import PackedFormat
+from tqc.ops import planes
 from tqc.passes.plan import DENSE
+from tqc.torch_private import inductor_state
 
 # Graphs of a session: dynamo tells apart what a model's Python does (prompt or step, with a mask or not, which cache,
 # one row or several, which keywords `generate` passes, autocast, inference mode); sizes it does not.
@@ -155,3 +158,29 @@ def test_a_limit_of_others_is_not(caplog: pytest.LogCaptureFixture) -> None:
             double(torch.zeros(size))
     torch._dynamo.reset()
     assert not any(record.name.startswith("tqc") for record in caplog.records)
+
+
+def test_autocast_does_not_reach_the_codes() -> None:
+    """Packing and attending compute in dtypes of their own: the bytes are the same, whatever is around them."""
+    keys, query = torch.randn(1, 2, 80, 16), torch.randn(1, 2, 1, 16)
+    fmt = PackedFormat(16, 4, True)
+
+    def attended() -> list[torch.Tensor]:
+        cache = pack(keys, fmt)
+        s = cache.packed_storage
+        parts = s.pages, s.dense, s.state
+        rest = (None, None, None, None, None, 0.25, 0.0, False, str(fmt), str(fmt))
+        return [*parts, cache.dequantize(), *planes.attend(query, *parts, *parts, *rest)]
+
+    expected = attended()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = attended()
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_regions_compiled_under_autocast_are_others() -> None:
+    plain = inductor_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inductor_state() != plain
+    assert inductor_state() == plain
