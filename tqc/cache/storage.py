@@ -136,8 +136,8 @@ class Storage:
         self.dense = dense
 
     def room_behind(self, begin: int, end: int, count: int) -> Storage:
-        """The storage to append `count` tokens to behind those from `begin` to `end`: this one, or a copy if others read
-        on, or if they would lose what a sliding window drops.
+        """The storage to append `count` tokens to behind those from `begin` to `end`: this one, or a copy if others
+        read on, or if they would lose what a sliding window drops.
 
         Where fewer tokens are stored, a copy with zeros up to there."""
         storage = self._with_just(end)

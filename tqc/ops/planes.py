@@ -258,8 +258,9 @@ def attend(
 def correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: PackedFormat) -> Tensor:
     """What attention adds to the scores of packed tokens for their coding error.
 
-    By its codes a token of scale s has the score s p, p = (scale q) . level, q being multiplied by the head's balance. What of p exceeds |scale q| is stretched
-    by D, the error of a coordinate of unit variance: max(0, D s (p - |scale q|)) is added.
+    By its codes a token of scale s has the score s p, p = (scale q) . level, q being multiplied by the head's balance.
+    What of p exceeds |scale q| is stretched by D, the error of a coordinate of unit variance: max(0, D s (p - |scale
+    q|)) is added.
 
     Why: the codes shrink the true s p by 1 - D and add noise of variance (1 - D) v, v = D s^2 |scale q|^2. If keys
     have rho times the variance along q that they have on average, then, given the codes, exp(score) is
@@ -281,7 +282,8 @@ def correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: Pa
     grouped = query.float().unflatten(1, (pages.shape[1], -1)).flatten(2, 3) * scale
     if fmt.centred:
         grouped = grouped * head[:, :, 1:].float()
-    levels = unrotate(decode_levels(pages, fmt).flatten(2, 3), fmt)
+    levels = decode_levels(pages, fmt).flatten(2, 3)
+    levels = levels if fmt.folded else unrotate(levels, fmt)
     above = (grouped @ levels.transpose(-1, -2) - grouped.square().sum(-1, keepdim=True).sqrt()).clamp_min(0.0)
     added = fmt.score_stretch * above * token_scales(pages, fmt).flatten(2).unsqueeze(2)
     return added.unflatten(2, (-1, rows)).flatten(1, 2)
