@@ -74,7 +74,7 @@ def test_where_channels_are_alike_nothing_is_lost(tokens, rows):
     """Few rows look as if there were something to gain: what the balance does to others of the kind is small."""
     keys, query = normal(1, 3, 512, DIM, seed=3), normal(1, 9, 512, DIM, seed=4)
     s = balance(keys[:, :, :tokens], query[:, :, :rows])
-    assert score_error(keys, query, s) < (1.1 if rows == 1 else 1.03) * score_error(keys, query, torch.ones_like(s))
+    assert score_error(keys, query, s) < (1.25 if rows == 1 else 1.03) * score_error(keys, query, torch.ones_like(s))
 
 
 @pytest.mark.parametrize("given", [torch.zeros, torch.ones, lambda *shape: torch.full(shape, math.nan)])

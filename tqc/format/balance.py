@@ -10,7 +10,8 @@ s_c = exp(l_c), l_c a quarter of the logarithm of E[(k_c - m_c)^2] / E[q_c^2].
 
 Moments of few rows are noisy, and what looks like gain there is loss later. The logarithm of a mean square over n
 normal rows has the variance trigamma(n / 2); so l_c, less its median over the channels, counts only by what it exceeds
-its standard error. Channels that stand out keep most of theirs, the others get 1.
+two standard errors. Then channels that are alike lose 1 % with 32 keys and 3 queries and a third with one query, not
+29 % and 6 times that much, while channels that stand out keep most of theirs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SAMPLED_ROWS = 2048
 LEAST_OF_KEYS = 1e-3
 LEAST_OF_QUERIES = 1e-8
 LARGEST = 1024.0
+STANDARD_ERRORS = 2.0
 
 
 @without_autocast
@@ -51,7 +53,7 @@ def balance(keys: Tensor, query: Tensor) -> Tensor:
     log_s = (key_square / query_square).log() / 4
     log_s = log_s - log_s.median(-1, keepdim=True).values
     error = (key_variance + query_variance).sqrt() / 4
-    return (log_s.sign() * (log_s.abs() - error).clamp(0.0, math.log(LARGEST))).exp().to(keys.dtype)
+    return (log_s.sign() * (log_s.abs() - STANDARD_ERRORS * error).clamp(0.0, math.log(LARGEST))).exp().to(keys.dtype)
 
 
 def _spread(x: Tensor) -> Tensor:
