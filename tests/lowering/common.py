@@ -19,16 +19,22 @@ drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 
 def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
-    """No tokens: NaNs and set bits, since what was not written must not be read."""
+    """No tokens: NaNs and set bits, since what was not written must not be read; a balance far from one."""
+    dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype)
+    if fmt.centred:
+        generator = torch.Generator().manual_seed(batch)
+        dense[:, :, -1] = torch.randn(batch, heads, fmt.head_dim, generator=generator).exp().to(dtype)
+    pages = -(-capacity // 32) if fmt.keep is None else fmt.ring_pages
     return [
-        torch.full((batch, heads, -(-capacity // 32), fmt.page_bytes), 255, dtype=torch.uint8, device=device),
-        torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.full((batch, heads, pages, fmt.page_bytes), 255, dtype=torch.uint8, device=device),
+        dense.to(device),
+        torch.zeros(3, dtype=torch.int64, device=device),
     ]
 
 
 def filled(batch, heads, length, fmt, dtype, seed=0, device="cpu", capacity=None):
-    """`length` tokens with a mean, by the reference; `capacity` is one page more than they need."""
+    """`length` tokens with a mean, by the reference; `capacity` is one page more than they need, for a window its own.
+    """
     capacity = fmt.packed_tokens(length) + 32 if capacity is None else capacity
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(1, heads, 1, fmt.head_dim, generator=generator)
@@ -96,6 +102,13 @@ def arguments(
     return {**result, **given}
 
 
+def draw_keep(data, length, sink_tokens):
+    """How many of `length` tokens are held: all, or those behind one of the sinks, of a page, of the recent ones."""
+    page = sink_tokens + 32 * data.draw(st.integers(0, length // 32))
+    begin = data.draw(st.sampled_from([None, None, 2, page, page + 7, length - 20, length - 1]))
+    return None if begin is None else max(1, length - begin)
+
+
 def draw_mask(data, batch, heads, rows, columns, generator):
     kind = data.draw(st.sampled_from(["none", "none", "bool", "float", "model dtype", "wide", "all false"]))
     if kind == "none":
@@ -118,9 +131,10 @@ def draw_arguments(data, k_fmt, v_fmt, length, rows, device="cpu", *, batch, hea
     """Of `attend`: everything that formats and sizes leave open."""
     dtype = data.draw(st.sampled_from(DTYPES))
     new = data.draw(st.sampled_from([-1, 0, rows, rows, rows, 2 * rows + 1]))
-    start = data.draw(st.sampled_from([None, None, length, max(0, length - 50), length // 2, length + 11]))
+    begin = k_fmt.first_held(length)
+    start = data.draw(st.sampled_from([None, None, length, max(begin, length - 50), max(begin, length // 2), length + 11]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    columns = (length if start is None else start) + max(new, 0)
+    columns = (length if start is None else start) - begin + max(new, 0)
     mask = draw_mask(data, batch, heads * group, rows, columns, generator)
     sinks = torch.randn(heads * group, generator=generator).to(device, dtype)
     return arguments(
