@@ -19,22 +19,20 @@ drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 
 def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
-    """No tokens: NaNs and set bits, since what was not written must not be read; a balance far from one."""
-    dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype)
-    if fmt.centred:
-        generator = torch.Generator().manual_seed(batch)
-        dense[:, :, -1] = torch.randn(batch, heads, fmt.head_dim, generator=generator).exp().to(dtype)
-    pages = -(-capacity // 32) if fmt.keep is None else fmt.ring_pages
+    """No tokens: NaNs and set bits, since what was not written must not be read. The balance is drawn."""
+    num_pages = -(-capacity // 32) if fmt.ring_pages is None else fmt.ring_pages
+    dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device)
+    drawn = torch.randn(batch, heads, 1, fmt.head_dim, generator=torch.Generator().manual_seed(0)).mul(0.5).exp()
+    fmt.head(dense)[:, :, 1:] = drawn.to(device, dtype)
     return [
-        torch.full((batch, heads, pages, fmt.page_bytes), 255, dtype=torch.uint8, device=device),
-        dense.to(device),
+        torch.full((batch, heads, num_pages, fmt.page_bytes), 255, dtype=torch.uint8, device=device),
+        dense,
         torch.zeros(3, dtype=torch.int64, device=device),
     ]
 
 
 def filled(batch, heads, length, fmt, dtype, seed=0, device="cpu", capacity=None):
-    """`length` tokens with a mean, by the reference; `capacity` is one page more than they need, for a window its own.
-    """
+    """`length` tokens with a mean, by the reference; `capacity` is one page more than they need."""
     capacity = fmt.packed_tokens(length) + 32 if capacity is None else capacity
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(1, heads, 1, fmt.head_dim, generator=generator)
@@ -132,7 +130,8 @@ def draw_arguments(data, k_fmt, v_fmt, length, rows, device="cpu", *, batch, hea
     dtype = data.draw(st.sampled_from(DTYPES))
     new = data.draw(st.sampled_from([-1, 0, rows, rows, rows, 2 * rows + 1]))
     begin = k_fmt.first_held(length)
-    start = data.draw(st.sampled_from([None, None, length, max(begin, length - 50), max(begin, length // 2), length + 11]))
+    back = [max(begin, position) for position in (length - 50, length // 2)]
+    start = data.draw(st.sampled_from([None, None, length, *back, length + 11]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     columns = (length if start is None else start) - begin + max(new, 0)
     mask = draw_mask(data, batch, heads * group, rows, columns, generator)
