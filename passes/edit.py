@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tqc.ops import Op, example, set_example, update
 from tqc.passes.finders.flex_attention import FLEX
+from tqc.passes.finders.site import Attention
 from tqc.passes.graph import owns
 from tqc.torch_private import FakeTensor, detect_fake_mode
 
@@ -118,6 +119,14 @@ def size(graph: Graph, tensor: Node, dim: int) -> Node | int:
     """Size of a tensor: a number, or a node where it is symbolic."""
     held = example(tensor).shape[dim]
     return held if isinstance(held, int) else insert(graph, "size", tensor, dim)
+
+
+def query_of(graph: Graph, attention: Attention) -> Node:
+    """The queries of a site, [batch, query_heads, n, head_dim]."""
+    query = attention.query
+    if example(query).dim() == 4:
+        return query
+    return insert(graph, "reshape", query, (-1, attention.heads, size(graph, query, 1), size(graph, query, 2)))
 
 
 def update_input(cache: Node, new: Node) -> None:

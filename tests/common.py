@@ -32,7 +32,8 @@ def empty(fmt, heads=2, batch=1, pages=12, dtype=torch.float32):
     """Storage of a cache without tokens, full of junk where nothing may be read."""
     dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), 77.0, dtype=dtype)
     page = torch.full((batch, heads, pages, fmt.page_bytes), 0xAB, dtype=torch.uint8)
-    return page, dense, torch.zeros(2, dtype=torch.int64)
+    fmt.head(dense)[:, :, 1:] = 1
+    return page, dense, torch.zeros(3, dtype=torch.int64)
 
 
 def filled(x, fmt, **kwargs):

@@ -98,30 +98,34 @@ def test_spec_string_round_trip(fmt):
 
 
 def test_spec_string_is_stable():
-    assert str(PackedFormat(64, 3, True)) == "tq1:d64:b3:centred:s4:w64:hadamard:0"
-    assert str(PackedFormat(128, 8, False, 0, 32, "haar", 9)) == "tq1:d128:b8:plain:s0:w32:haar:9"
-    assert str(PackedFormat(64, 3, False, folded=True)) == "tq1:d64:b3:plain:s4:w64:hadamard:0:folded"
+    assert str(PackedFormat(64, 3, True)) == "tq2:d64:b3:centred:s4:w64:hadamard:0"
+    assert str(PackedFormat(128, 8, False, 0, 32, "haar", 9)) == "tq2:d128:b8:plain:s0:w32:haar:9"
+    assert str(PackedFormat(64, 3, False, folded=True)) == "tq2:d64:b3:plain:s4:w64:hadamard:0:folded"
+    assert str(PackedFormat(64, 3, False, folded=True, keep=511)) == "tq2:d64:b3:plain:s4:w64:hadamard:0:keep511:folded"
 
 
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("tq2:d64:b3:centred:s4:w64:hadamard:0", "version 1"),
-        ("", "version 1"),
-        ("tq1", "malformed"),
-        ("tq1:d64:b3:centred:s4:w64:hadamard", "malformed"),
-        ("tq1:d64:b3:centred:s4:w64:hadamard:0:0", "malformed"),
-        ("tq1:d64:b3:plain:s4:w64:hadamard:0:fold", "malformed"),
-        ("tq1:d64:b3:plain:s4:w64:hadamard:0:folded:folded", "malformed"),
-        ("tq1:d64:b3:plain:s4:w64:hadamard:folded", "malformed"),
-        ("tq1:64:b3:centred:s4:w64:hadamard:0", "malformed"),
-        ("tq1:d64:b3:central:s4:w64:hadamard:0", "malformed"),
-        ("tq1:d:b3:centred:s4:w64:hadamard:0", "malformed"),
-        ("tq1:d64::centred:s4:w64:hadamard:0", "malformed"),
-        ("tq1:d64:b3:centred:s4:w64:hadamard:x", "malformed"),
-        ("tq1:d60:b3:centred:s4:w64:hadamard:0", "head_dim must be a multiple of 8, got 60"),
-        ("tq1:d64:b9:centred:s4:w64:hadamard:0", "bits must be between 1 and 8, got 9"),
-        ("tq1:d64:b3:centred:s4:w64:fourier:0", "rotation must be one of hadamard, haar; got 'fourier'"),
+        ("tq1:d64:b3:centred:s4:w64:hadamard:0", "version 2"),
+        ("", "version 2"),
+        ("tq2", "malformed"),
+        ("tq2:d64:b3:plain:s4:w64:hadamard:0:keep", "malformed"),
+        ("tq2:d64:b3:plain:s4:w64:hadamard:0:folded:keep8", "malformed"),
+        ("tq2:d64:b3:plain:s4:w64:hadamard:0:keep0", "keep must be between 1 and"),
+        ("tq2:d64:b3:centred:s4:w64:hadamard", "malformed"),
+        ("tq2:d64:b3:centred:s4:w64:hadamard:0:0", "malformed"),
+        ("tq2:d64:b3:plain:s4:w64:hadamard:0:fold", "malformed"),
+        ("tq2:d64:b3:plain:s4:w64:hadamard:0:folded:folded", "malformed"),
+        ("tq2:d64:b3:plain:s4:w64:hadamard:folded", "malformed"),
+        ("tq2:64:b3:centred:s4:w64:hadamard:0", "malformed"),
+        ("tq2:d64:b3:central:s4:w64:hadamard:0", "malformed"),
+        ("tq2:d:b3:centred:s4:w64:hadamard:0", "malformed"),
+        ("tq2:d64::centred:s4:w64:hadamard:0", "malformed"),
+        ("tq2:d64:b3:centred:s4:w64:hadamard:x", "malformed"),
+        ("tq2:d60:b3:centred:s4:w64:hadamard:0", "head_dim must be a multiple of 8, got 60"),
+        ("tq2:d64:b9:centred:s4:w64:hadamard:0", "bits must be between 1 and 8, got 9"),
+        ("tq2:d64:b3:centred:s4:w64:fourier:0", "rotation must be one of hadamard, haar; got 'fourier'"),
     ],
 )
 def test_malformed_specs_are_refused(spec, message):
@@ -170,25 +174,35 @@ def golden_cases():
     return json.loads((GOLDEN / "pages.json").read_text())
 
 
+def golden_format(case):
+    """Pages have the same bytes in version 1, which had no balance."""
+    return PackedFormat.parse(golden_cases()[case].replace("tq1", "tq2", 1))
+
+
+def golden_head(parts, case, fmt):
+    centre = parts[f"{case}.centre"].unsqueeze(2)
+    return torch.cat([centre, torch.ones_like(centre)], dim=2)[:, :, : fmt.head_rows]
+
+
 @pytest.mark.parametrize("case", golden_cases())
 def test_golden_pages_decode_the_same_for_ever(case):
     """Pages that version 1 wrote. A failure means that files in the field would read differently: never regenerate."""
-    fmt = PackedFormat.parse(golden_cases()[case])
+    fmt = golden_format(case)
     parts = load_file(GOLDEN / "pages.safetensors")
-    pages, centre, expected = (parts[f"{case}.{name}"] for name in ("pages", "centre", "decoded"))
-    decoded = unrotate(decode_pages(pages, centre, fmt), fmt)
+    pages, expected = (parts[f"{case}.{name}"] for name in ("pages", "decoded"))
+    decoded = unrotate(decode_pages(pages, golden_head(parts, case, fmt), fmt), fmt)
     assert torch.allclose(decoded, expected, rtol=1e-5, atol=1e-5 * expected.nan_to_num().abs().max(), equal_nan=True)
 
 
 @pytest.mark.parametrize("case", golden_cases())
 def test_golden_vectors_are_encoded_no_worse(case):
     """What a writer chooses may change within a version, for the better."""
-    fmt = PackedFormat.parse(golden_cases()[case])
+    fmt = golden_format(case)
     parts = load_file(GOLDEN / "pages.safetensors")
-    tokens, centre = parts[f"{case}.tokens"], parts[f"{case}.centre"]
-    pages = encode_pages(tokens, centre, fmt)
+    tokens, head = parts[f"{case}.tokens"], golden_head(parts, case, fmt)
+    pages = encode_pages(tokens, head, fmt)
     assert pages.shape == parts[f"{case}.pages"].shape
-    decoded = unrotate(decode_pages(pages, centre, fmt), fmt)
+    decoded = unrotate(decode_pages(pages, head, fmt), fmt)
     error, golden_error = ((x - tokens).nan_to_num().square().sum() for x in (decoded, parts[f"{case}.decoded"]))
     assert error <= golden_error * 1.001
 
@@ -220,10 +234,10 @@ def decode_token_by_the_document(page, token, fmt, centre):
 
 @pytest.mark.parametrize("case", golden_cases())
 def test_pages_are_as_documented(case):
-    fmt = PackedFormat.parse(golden_cases()[case])
+    fmt = golden_format(case)
     parts = load_file(GOLDEN / "pages.safetensors")
     pages, centre = parts[f"{case}.pages"], parts[f"{case}.centre"]
-    decoded = decode_pages(pages, centre, fmt)[0, 0]
+    decoded = decode_pages(pages, golden_head(parts, case, fmt), fmt)[0, 0]
     for token in (0, 13, 31, 32, 39, 63):
         page = bytes(pages[0, 0, token // 32].tolist())
         expected = decode_token_by_the_document(page, token % 32, fmt, centre[0, 0].tolist())
@@ -236,7 +250,7 @@ def test_worked_example_of_the_document():
     page = bytes.fromhex(" ".join(rows))
     parts = load_file(GOLDEN / "pages.safetensors")
     assert page == bytes(parts["worked_example.pages"][0, 0, 1].tolist())
-    fmt = PackedFormat.parse(golden_cases()["worked_example"])
+    fmt = golden_format("worked_example")
     y = decode_token_by_the_document(page, 3, fmt, parts["worked_example.centre"][0, 0].tolist())
     x = unrotate(torch.tensor(y), fmt)
     for vector in (y, x.tolist(), parts["worked_example.tokens"][0, 0, 35].tolist()):

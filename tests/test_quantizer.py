@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tqc.format import PAGE_TOKENS, SCALE_NAN, SCALE_ZERO, PackedFormat, codebook, quantizer
-from tqc.format.quantizer import decode_pages, encode_pages, head_centre, rotate, unrotate
+from tqc.format.quantizer import decode_pages, encode_pages, head_rows, rotate, unrotate
 
 
 def normal(*shape, seed=0):
@@ -13,8 +13,8 @@ def normal(*shape, seed=0):
 
 
 def roundtrip(x, fmt):
-    centre = head_centre(x[:, :, :PAGE_TOKENS], fmt)
-    return unrotate(decode_pages(encode_pages(x, centre, fmt), centre, fmt), fmt)
+    head = head_rows(x[:, :, :PAGE_TOKENS], fmt)
+    return unrotate(decode_pages(encode_pages(x, head, fmt), head, fmt), fmt)
 
 
 def nmse(decoded, x):
@@ -86,9 +86,9 @@ def test_float16_near_its_limit():
 def test_half_precision_input_codes_as_float32_does(dtype):
     x = normal(1, 2, 128, 64).to(dtype)
     fmt = PackedFormat(64, 4, True)
-    centre = head_centre(x[:, :, :PAGE_TOKENS], fmt)
-    assert centre.dtype == dtype
-    assert torch.equal(encode_pages(x, centre, fmt), encode_pages(x.float(), centre.float(), fmt))
+    head = head_rows(x[:, :, :PAGE_TOKENS], fmt)
+    assert head.dtype == dtype
+    assert torch.equal(encode_pages(x, head, fmt), encode_pages(x.float(), head.float(), fmt))
 
 
 def test_zero_vectors_read_back_as_zeros():
@@ -98,7 +98,7 @@ def test_zero_vectors_read_back_as_zeros():
     fmt = PackedFormat(64, 4, False)
     decoded = roundtrip(x, fmt)
     assert (decoded[:, :, 7] == 0).all() and (decoded[:, :, 32:] == 0).all()
-    page = encode_pages(x, torch.zeros(1, 1, 64), fmt)
+    page = encode_pages(x, head_rows(torch.zeros(1, 1, 32, 64), fmt), fmt)
     assert page[0, 0, 0, fmt.scales_offset + 7] == SCALE_ZERO
     assert (roundtrip(torch.zeros(1, 1, 64, 64), PackedFormat(64, 4, True)) == 0).all()
 
@@ -138,7 +138,7 @@ def test_overflow_of_the_rotation_stays_in_its_vector():
     x = normal(1, 1, 32, 64)
     x[:, :, 9] = 3e38
     fmt = PackedFormat(64, 4, False)
-    page = encode_pages(x, torch.zeros(1, 1, 64), fmt)
+    page = encode_pages(x, head_rows(torch.zeros(1, 1, 32, 64), fmt), fmt)
     scales = page[0, 0, 0, fmt.scales_offset : fmt.scales_offset + PAGE_TOKENS]
     assert scales[9] == SCALE_NAN and (scales != SCALE_NAN).sum() == 31
     decoded = roundtrip(x, fmt)
@@ -157,20 +157,20 @@ def test_short_vectors_beside_a_long_one_err_by_a_small_part_of_it():
 def test_encoding_by_pages_equals_encoding_at_once(centred, monkeypatch):
     x = normal(2, 3, 320, 64)
     fmt = PackedFormat(64, 3, centred)
-    centre = head_centre(x[:, :, :PAGE_TOKENS], fmt)
-    whole = encode_pages(x, centre, fmt)
+    head = head_rows(x[:, :, :PAGE_TOKENS], fmt)
+    whole = encode_pages(x, head, fmt)
     assert whole.shape == (2, 3, 10, fmt.page_bytes)
-    parts = [encode_pages(part, centre, fmt) for part in x.split(PAGE_TOKENS, dim=2)]
+    parts = [encode_pages(part, head, fmt) for part in x.split(PAGE_TOKENS, dim=2)]
     assert torch.equal(torch.cat(parts, dim=2), whole)
     monkeypatch.setattr(quantizer, "_CHUNK_ELEMENTS", 1)
-    assert torch.equal(encode_pages(x, centre, fmt), whole)
+    assert torch.equal(encode_pages(x, head, fmt), whole)
 
 
 def test_encoding_ignores_strides():
     x = normal(1, 64, 3, 64).transpose(1, 2)
     fmt = PackedFormat(64, 4, True)
-    centre = head_centre(x[:, :, :PAGE_TOKENS], fmt)
-    assert torch.equal(encode_pages(x, centre, fmt), encode_pages(x.contiguous(), centre, fmt))
+    head = head_rows(x[:, :, :PAGE_TOKENS], fmt)
+    assert torch.equal(encode_pages(x, head, fmt), encode_pages(x.contiguous(), head, fmt))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -204,9 +204,9 @@ def test_temporaries_are_bounded_by_a_chunk(bits, monkeypatch):
     monkeypatch.setattr(quantizer, "_CHUNK_ELEMENTS", 1 << 15)
     x = normal(1, 2, 4096, 64).bfloat16()
     fmt = PackedFormat(64, bits, True)
-    centre = head_centre(x[:, :, :PAGE_TOKENS], fmt)
+    head = head_rows(x[:, :, :PAGE_TOKENS], fmt)
     with LargestTemporary(x) as largest:
-        pages = encode_pages(x, centre, fmt)
+        pages = encode_pages(x, head, fmt)
     # Codes are int64 for a moment.
     assert 0 < largest.bytes <= max(8 * (1 << 15), pages.nbytes)
     assert 8 * (1 << 15) < x.nbytes

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from tqc.cache.storage import Storage
 from tqc.config import Config
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.format.quantizer import decode_pages, encode_pages, head_centre, unrotate
+from tqc.format.quantizer import decode_pages, encode_pages, head_rows, unrotate
 from tqc.ops.planes import correction
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,18 +72,19 @@ class Setting:
         return 8 * sum(cache.nbytes / cache.fmt.head_dim for cache in caches) / (2 * length)
 
 
-def roundtrip(x: torch.Tensor, fmt: PackedFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def roundtrip(x: torch.Tensor, fmt: PackedFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a cache holds once the tokens of `x` [batch, heads, n, head_dim] are packed.
 
     Returns:
-        (sinks as they came and the decoded tokens of whole pages [batch, heads, m, head_dim], their pages).
+        (sinks as they came and the decoded tokens of whole pages [batch, heads, m, head_dim], their pages, and the rows
+        of their heads).
     """
     whole = (x.shape[2] - fmt.sink_tokens) // PAGE_TOKENS * PAGE_TOKENS
     rows = x[:, :, fmt.sink_tokens : fmt.sink_tokens + whole]
-    centre = head_centre(rows[:, :, :PAGE_TOKENS], fmt)
-    pages = encode_pages(rows, centre, fmt)
-    decoded = unrotate(decode_pages(pages, centre, fmt), fmt).to(x.dtype)
-    return torch.cat([x[:, :, : fmt.sink_tokens], decoded], dim=2), pages
+    head = head_rows(rows[:, :, :PAGE_TOKENS], fmt)
+    pages = encode_pages(rows, head, fmt)
+    decoded = unrotate(decode_pages(pages, head, fmt), fmt).to(x.dtype)
+    return torch.cat([x[:, :, : fmt.sink_tokens], decoded], dim=2), pages, head
 
 
 class DecodingThroughCache:
@@ -98,8 +99,8 @@ class DecodingThroughCache:
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
             return out.transpose(1, 2), None
         k_fmt = self.setting.k
-        (packed_key, pages), (packed_value, _) = roundtrip(key, k_fmt), roundtrip(value, self.setting.v)
-        added = F.pad(correction(query, pages, scaling, k_fmt), (k_fmt.sink_tokens, 0))
+        (packed_key, pages, head), (packed_value, *_) = roundtrip(key, k_fmt), roundtrip(value, self.setting.v)
+        added = F.pad(correction(query, pages, head, scaling, k_fmt), (k_fmt.sink_tokens, 0))
         outs, begin, length = [], 0, query.shape[2]
         while begin < length:
             # Queries begin..end - 1 find equally many packed tokens.

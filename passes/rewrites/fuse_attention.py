@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tqc import ops
 from tqc.ops import example
-from tqc.passes.edit import insert, size, update_input
+from tqc.passes.edit import insert, query_of, size, update_input
 from tqc.passes.finders.cache import CacheWrite
 from tqc.passes.finders.site import Mask
 from tqc.passes.graph import writers
@@ -57,7 +57,7 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
             out.meta[MODULE_STACK] = output.meta.get(MODULE_STACK)
             for cache in (site.key, site.value):
                 if cache.kind != "read" and cache.node not in stored:
-                    stored[cache.node] = _store(gm.graph, site, cache, mask)
+                    stored[cache.node] = _store(gm.graph, site, cache, mask, out.args[0])
                     consumed.setdefault(cache.past, out)
             if example(output).dim() == 3:
                 out = insert(gm.graph, "reshape", out, (-1, size(gm.graph, out, 2), size(gm.graph, out, 3)))
@@ -95,10 +95,7 @@ def _attend(graph: Graph, site: Site, mask: Node | None, stored: dict[Node, Node
     assert key and val
     how: dict[str, Any] = {"attn_mask": mask, "sinks": attention.sinks, "scale": attention.scale}
     how |= {"softcap": attention.softcap, "is_causal": attention.is_causal}
-    query = attention.query
-    if example(query).dim() == 3:
-        query = insert(graph, "reshape", query, (-1, attention.heads, size(graph, query, 1), size(graph, query, 2)))
-    operands = [query, *(stored.get(cache.node, cache.past) for cache in (key, val))]
+    operands = [query_of(graph, attention), *(stored.get(cache.node, cache.past) for cache in (key, val))]
     if key.kind != "read" and key.node not in stored:
         operands += [key.new, val.new]
         if key.kind == "write":
@@ -106,9 +103,10 @@ def _attend(graph: Graph, site: Site, mask: Node | None, stored: dict[Node, Node
     return site.mark(insert(graph, ops.attend, *operands, **how))
 
 
-def _store(graph: Graph, site: Site, cache: CacheWrite, mask: Node | None) -> Node:
+def _store(graph: Graph, site: Site, cache: CacheWrite, mask: Node | None, query: Node) -> Node:
     if cache.kind == "grow":
-        return site.mark(insert(graph, ops.extend, cache.past, cache.new))
+        balanced = {"query": query} if cache is site.key else {}
+        return site.mark(insert(graph, ops.extend, cache.past, cache.new, **balanced))
     return site.mark(insert(graph, ops.write, cache.past, cache.new, cache.positions, mask, cache.counted))
 
 

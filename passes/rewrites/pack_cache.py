@@ -7,7 +7,7 @@ import operator
 from torch.fx import GraphModule, Node
 
 from tqc import ops
-from tqc.passes.edit import insert, size, update_input
+from tqc.passes.edit import insert, query_of, size, update_input
 from tqc.passes.finders.cache import CacheWrite
 from tqc.passes.masks import combine_masks
 from tqc.passes.plan import PACK, Plan, Site
@@ -47,7 +47,8 @@ def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str) -> Node:
     # Right behind the attention, so that the dense keys and values of a layer can go before the next one runs.
     with gm.graph.inserting_before(site.attention.output.next):
         where = (write.positions, size(gm.graph, write.past, 2)) if write.kind == "write" else ()
-        packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where))
+        balanced = {"query": query_of(gm.graph, site.attention)} if write is site.key else {}
+        packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where, **balanced))
     for source in filter(None, (write.node, write.operation)):
         source.replace_all_uses_with(packed, lambda user: user.op == "output")
     if write.kind == "grow" and dense is not write.node:
@@ -62,7 +63,16 @@ def _adopt(gm: GraphModule, site: Site) -> None:
         count = size(gm.graph, key.new, 2)
         mask = None if key.prefix is not None else combine_masks(gm.graph, site.attention, None)
         specs = (str(site.k_fmt), str(site.v_fmt))
-        operands = (key.past, val.past, key.positions, count, mask, *specs, key.counted)
+        operands = (
+            key.past,
+            val.past,
+            key.positions,
+            count,
+            mask,
+            *specs,
+            key.counted,
+            query_of(gm.graph, site.attention),
+        )
         adopted = site.mark(insert(gm.graph, ops.adopt, *operands))
         parts = [insert(gm.graph, operator.getitem, adopted, index) for index in (0, 1)]
     for write, part in zip((key, val), parts, strict=True):

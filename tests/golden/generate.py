@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.format.quantizer import decode_pages, encode_pages, head_centre, unrotate
+from tqc.format.quantizer import decode_pages, encode_pages, head_rows, unrotate
 
 CASES = {
     "keys_3_bits": PackedFormat(64, 3, True),
@@ -33,10 +33,10 @@ def main() -> None:
         tokens[:, :, 40] = 0.0 if fmt.head_dim > 8 else 1.0
         tokens[:, :, 50, 0] = float("inf")
         tokens = tokens.bfloat16()
-        centre = head_centre(tokens[:, :, :PAGE_TOKENS], fmt)
-        pages = encode_pages(tokens, centre, fmt)
-        decoded = unrotate(decode_pages(pages, centre, fmt), fmt)
-        found = {"tokens": tokens, "centre": centre, "pages": pages, "decoded": decoded}
+        head = head_rows(tokens[:, :, :PAGE_TOKENS], fmt)
+        pages = encode_pages(tokens, head, fmt)
+        decoded = unrotate(decode_pages(pages, head, fmt), fmt)
+        found = {"tokens": tokens, "head": head, "pages": pages, "decoded": decoded}
         parts |= {f"{name}.{part}": value for part, value in found.items()}
     folder = Path(__file__).parent
     save_file(parts, folder / "pages.safetensors", metadata={"format": "tq1"})

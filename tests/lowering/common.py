@@ -20,10 +20,12 @@ drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
     """No tokens: NaNs and set bits, since what was not written must not be read."""
+    dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device)
+    fmt.head(dense)[:, :, 1:] = 1
     return [
         torch.full((batch, heads, -(-capacity // 32), fmt.page_bytes), 255, dtype=torch.uint8, device=device),
-        torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
+        dense,
+        torch.zeros(3, dtype=torch.int64, device=device),
     ]
 
 

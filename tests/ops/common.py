@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tqc.ops
 from tests.lowering.common import DTYPES
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PackedFormat
 from tqc.ops import Op, Planes
 
 OPS = [op for op in vars(tqc.ops).values() if isinstance(op, Op)]
@@ -25,6 +25,7 @@ def formats(**given: Any) -> st.SearchStrategy[PackedFormat]:
         "sink_tokens": st.sampled_from([0, 4]),
         "residual_window": st.sampled_from([32, 96]),
         "folded": st.just(False),
+        "keep": st.just(None),
     }
     return st.builds(PackedFormat, **(drawn | given))
 
@@ -37,11 +38,10 @@ def tokens(batch: int, heads: int, n: int, fmt: PackedFormat, dtype: torch.dtype
 
 def with_room(cache: Planes, capacity: int) -> Planes:
     """`cache` with pages for `capacity` tokens, those that hold nothing full of NaNs."""
-    pages = cache.fmt.packed_tokens(capacity) // PAGE_TOKENS
+    pages = max(cache.fmt.pages_for(capacity), cache.pages.shape[2])
     more = cache.pages.new_full((*cache.pages.shape[:2], pages, cache.fmt.page_bytes), 255)
-    used = int(cache.state[1]) // PAGE_TOKENS
-    more[:, :, :used] = cache.pages[:, :, :used]
-    return replace(cache, pages=more)
+    more[:, :, : cache.pages.shape[2]] = cache.pages
+    return replace(cache.copy(capacity), pages=more)
 
 
 def draw_calls(data: st.DataObject, head_dims: list[int], longest: int = 100) -> list[tuple[Op, dict[str, Any]]]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.common import normal
 from tqc.format import PackedFormat
-from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre
+from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_rows
 from tqc.ops.planes import correction
 
 SCALE, TOKENS, PACKED = 0.125, 512, 256
@@ -16,15 +16,15 @@ def divergences(query, keys, bits):
     """Mean KL to the weights of `keys`, in nats, where the older half of them is packed: as they are, corrected, and
     with half the score's nominal variance added."""
     fmt = PackedFormat(64, bits, True)
-    centre = head_centre(keys[:, :, :32], fmt)
-    pages = encode_pages(keys, centre, fmt)
-    coded = decoded(decode_pages(pages, centre, fmt), fmt)
+    head = head_rows(keys[:, :, :32], fmt)
+    pages = encode_pages(keys, head, fmt)
+    coded = decoded(decode_pages(pages, head, fmt), head, fmt)
     exact, scores = ((query @ k.transpose(-1, -2) * SCALE).double() for k in (keys, coded))
     residual = keys - keys.unflatten(2, (-1, 32)).mean(3, keepdim=True).expand(-1, -1, -1, 32, -1).flatten(2, 3)
     energy = (query * SCALE).square().sum(-1)[..., None]
     half = 0.5 * fmt.score_stretch * energy * residual.square().mean(-1)[:, :, None]
     exact, scores = exact.float(), torch.cat([scores.float()[..., :PACKED], exact.float()[..., PACKED:]], dim=-1)
-    added = (torch.zeros_like(scores), correction(query, pages, SCALE, fmt), half)
+    added = (torch.zeros_like(scores), correction(query, pages, head, SCALE, fmt), half)
     added = [F.pad(a[..., :PACKED], (0, TOKENS - PACKED)) for a in added]
     log_p = exact.log_softmax(-1)
     return [(log_p.exp() * (log_p - (scores + a).log_softmax(-1))).sum(-1).mean().item() for a in added]

@@ -77,7 +77,7 @@ class TestEveryOp:
         assert all(f"{name}: " in op.schema for name in op.signature.parameters)
 
     def test_schema(self):
-        assert tqc.ops.extend.schema == "extend(cache: Packed, new: Tensor) -> Packed"
+        assert tqc.ops.extend.schema == "extend(cache: Packed, new: Tensor, query: Tensor | None = None) -> Packed"
         assert tqc.ops.rewind.schema == "rewind(cache: Packed, length: int) -> Packed"
 
 
@@ -208,7 +208,7 @@ class TestWhyNot:
         assert tqc.ops.attend.why_not(node) == "key has no example"
 
     def test_arguments_that_the_op_refuses(self):
-        assert "malformed spec" in self.why_not(tqc.ops.pack, self.new, "tq1:x", made=self.cache)
+        assert "malformed spec" in self.why_not(tqc.ops.pack, self.new, "tq2:x", made=self.cache)
         growing = self.why_not(tqc.ops.pack, self.new, KEYS.spec, torch.tensor([3]), made=self.cache)
         assert growing == "start must be a number where the cache grows: its length must not depend on data"
         assert self.why_not(tqc.ops.pack, self.new[0, 0, 0], KEYS.spec, made=self.cache)
@@ -221,7 +221,7 @@ class TestWhyNot:
             (PackedValue(KEYS, 1, 2, 105, cache.dtype, torch.device("meta")), "its device must be cpu, got meta"),
             (
                 PackedValue(PackedFormat(16, 4, True), 1, 2, 105, cache.dtype, cache.device),
-                "its fmt must be tq1:d16:b3",
+                "its fmt must be tq2:d16:b3",
             ),
             (torch.empty(1, 2, 105, 16), "its result must be PackedValue, got Tensor"),
             (None, "its result must be PackedValue, got NoneType"),

@@ -19,11 +19,11 @@ FOLDED = PackedFormat(64, 4, False, folded=True)
 def stored(parts, fmt):
     """What a cache holds, without the slots that hold nothing."""
     pages, dense, state = parts
-    length, packed = state.tolist()
-    rows = list(range(1 + min(length, fmt.sink_tokens)))
-    rows = rows if packed else rows[1:]
+    length, packed, _ = state.tolist()
+    rows = list(range(min(length, fmt.sink_tokens)))
     tokens = max(0, length - fmt.sink_tokens)
-    rows += [1 + fmt.sink_tokens + u % fmt.residual_window for u in range(packed, tokens)]
+    rows += [fmt.sink_tokens + u % fmt.residual_window for u in range(packed, tokens)]
+    rows += range(fmt.token_rows, fmt.dense_rows if packed else fmt.token_rows)
     return pages[:, :, : packed // PAGE_TOKENS], dense[:, :, rows], state
 
 
@@ -50,7 +50,7 @@ def test_append_does_not_depend_on_how_tokens_are_split(fmt, counts):
     for part in x.split(counts, dim=2):
         ops.append(*split, part, None, str(fmt))
     whole = filled(x, fmt, pages=18)
-    assert split[2].tolist() == [sum(counts), fmt.packed_tokens(sum(counts))]
+    assert split[2].tolist() == [sum(counts), fmt.packed_tokens(sum(counts)), 0]
     assert_same_cache(split, whole, fmt)
 
 
@@ -61,7 +61,7 @@ def test_append_token_by_token(sink_tokens, residual_window):
     single = empty(fmt, heads=1, batch=2)
     for t in range(250):
         ops.append(*single, x[:, :, t : t + 1], None, str(fmt))
-        assert single[2].tolist() == [t + 1, fmt.packed_tokens(t + 1)]
+        assert single[2].tolist() == [t + 1, fmt.packed_tokens(t + 1), 0]
     assert_same_cache(single, filled(x, fmt), fmt)
 
 
@@ -139,7 +139,7 @@ class TestAppendAtStart:
     def test_rewind_inside_the_window(self, start):
         x, other = normal(1, 2, 200, 64), normal(1, 2, 70, 64, seed=1)
         parts = filled(x, CENTRED)
-        assert parts[2].tolist() == [200, 160]
+        assert parts[2].tolist() == [200, 160, 0]
         packed = parts[0][:, :, :5].clone()
         ops.append(*parts, other, torch.tensor([start]), str(CENTRED))
         expected = torch.cat([x[:, :, :start], other], dim=2)
@@ -152,7 +152,7 @@ class TestAppendAtStart:
         parts = filled(x, CENTRED)
         before = ops.read(*parts, 230, str(CENTRED))
         ops.append(*parts, other, torch.tensor([start]), str(CENTRED))
-        length, packed = parts[2].tolist()
+        length, packed, _ = parts[2].tolist()
         assert length == start + 20 and packed == (start - 4) // PAGE_TOKENS * PAGE_TOKENS
         out = ops.read(*parts, length, str(CENTRED))
         assert torch.allclose(out[:, :, :start], before[:, :, :start], atol=1e-6)

@@ -18,16 +18,18 @@ FOLDED = PackedFormat(64, 4, False, folded=True)
 def corrections(query, parts, fmt, length, columns, scale=0.125):
     """What the coding error adds to each score, [batch, query_heads, n, columns]; 0 where a key is not packed."""
     pages, dense, state = parts
-    stored, packed = state.tolist()
+    stored, packed, _ = state.tolist()
     rotated = (query.double() * scale) @ fmt.rotation_matrix().double().T
     group = query.shape[1] // pages.shape[1]
     added = torch.zeros(*query.shape[:3], columns, dtype=torch.float64)
     for u in range(min(packed, min(stored, length) - fmt.sink_tokens)):
         page, place = pages[:, :, u // PAGE_TOKENS], u % PAGE_TOKENS
-        decoded = decode_pages(page.unsqueeze(2), dense[:, :, 0], fmt)[:, :, place].double()
+        decoded = decode_pages(page.unsqueeze(2), fmt.head(dense), fmt)[:, :, place].double()
         nibbles = page[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2]
         centre = torch.cat([nibbles & 15, nibbles >> 4], dim=-1).double() - 8
-        centre = centre * page[..., 4:8].contiguous().view(torch.float32).double() + dense[:, :, 0].double()
+        centre = (
+            centre * page[..., 4:8].contiguous().view(torch.float32).double() + dense[:, :, fmt.token_rows].double()
+        )
         by_codes = (decoded - centre).repeat_interleave(group, 1)
         scale_of = page[..., :4].contiguous().view(torch.float32)[..., 0].double()
         scale_of = scale_of * 2.0 ** (-page[..., fmt.scales_offset + place].double() / 32)

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.lowering.common import DTYPES, compare, draw_mask, drawn
 from tests.ops.common import formats, tokens, with_room
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PackedFormat
+from tqc.ops.planes import packed_pages
 from tqc.ops import Planes, attend, extend, fold, pack, read, rewind, unfold, update, write
 
 CAPACITY = 250
@@ -28,9 +29,11 @@ def same(actual: Planes, expected: Planes) -> None:
     """State, dense rows and pages in use, to the byte."""
     assert (actual.fmt, actual.length) == (expected.fmt, expected.length)
     assert actual.state.dtype == torch.int64 and actual.state.tolist() == expected.state.tolist()
-    assert same_bytes(actual.dense, expected.dense)
-    used = int(expected.state[1]) // PAGE_TOKENS
-    assert torch.equal(actual.pages[:, :, :used], expected.pages[:, :, :used])
+    fmt, packed = expected.fmt, int(expected.state[1]) > 0
+    rows = fmt.dense_rows if packed else min(fmt.token_rows, expected.dense.shape[2], actual.dense.shape[2])
+    assert same_bytes(actual.dense[:, :, :rows], expected.dense[:, :, :rows])
+    pages = [packed_pages(x.pages, x.state, int(x.state[0]), fmt)[0] for x in (actual, expected)]
+    assert torch.equal(*pages)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -44,12 +47,14 @@ class Session:
         self.draw, self.capacity, self.count = data.draw, capacity, 0
         self.data = data
         dims, sinks = st.sampled_from([8, 16, 24]), self.draw(st.sampled_from([0, 4, 40]))
-        common = {"head_dim": dims, "sink_tokens": st.just(sinks)}
+        self.keep = self.draw(st.sampled_from([None, None, 20, 70, 150])) if capacity is None else None
+        common = {"head_dim": dims, "sink_tokens": st.just(sinks), "keep": st.just(self.keep)}
         k_fmt = self.draw(formats(**common))
         v_fmt = self.draw(formats(**common, centred=st.just(False), folded=st.booleans()))
         self.batch, self.heads, self.group = self.draw(st.integers(1, 2)), self.draw(st.integers(1, 2)), 2
         self.dtype = self.draw(st.sampled_from(DTYPES))
         self.room = capacity or self.draw(st.sampled_from([CAPACITY, CAPACITY, 34]))
+        self.room = self.room if self.keep is None else 10_000  # enough for all pages of a window
         first = self.draw(st.sampled_from([0, 3, 26, 60, 150]).filter(lambda count: count + 2 <= self.room))
         start = self.draw(st.sampled_from([None, 0, 2]))
         self.reference, self.traced = [], []
@@ -66,7 +71,7 @@ class Session:
 
     @property
     def length(self) -> int:
-        return min(self.reference[0].length, int(self.reference[0].state[0]))
+        return min(self.reference[0].length, int(self.reference[0].state[0] - self.reference[0].state[2]))
 
     def check(self) -> None:
         for actual, expected in zip(self.traced, self.reference, strict=True):
@@ -88,7 +93,7 @@ class Session:
         self.change(extend, self.new(self.draw(st.sampled_from([0, 1, 5, 33, 70]).filter(self.fits))))
 
     def fits(self, count: int) -> bool:
-        return self.length + count <= self.room
+        return self.keep is not None or self.length + count <= self.room
 
     def rewind(self) -> None:
         self.change(rewind, self.draw(st.integers(max(0, self.length - 40), self.length) | st.integers(0, self.length)))

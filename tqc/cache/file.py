@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.cache.storage import MIN_PAGES, Storage, dynamic_pages
+from tqc.cache.storage import Storage
 from tqc.config import cacheable_dtype
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.torch_private import LAYER_COUNTERS, fill_layer, layer_counters, new_layer
@@ -152,8 +152,8 @@ class CacheFile:
             raise CacheFileError(f"has {name}.dense of shape {shape}, not [batch, heads, rows, head_dim]")
         batch, heads = shape[:2]
         self._expect(f"{name}.dense", [batch, heads, fmt.dense_rows, fmt.head_dim], dtype)
-        self._expect(f"{name}.state", [2], "I64")
-        stored, packed = self.handle.get_tensor(f"{name}.state").tolist()
+        self._expect(f"{name}.state", [3], "I64")
+        stored, packed, begin = self.handle.get_tensor(f"{name}.state").tolist()
         if not 0 <= stored <= length <= MAX_TOKENS:
             raise CacheFileError(f"says that {name} is {length} tokens long and holds {stored}")
         lowest, highest = fmt.packed_tokens(stored), max(0, stored - fmt.sink_tokens)
@@ -163,17 +163,17 @@ class CacheFile:
         used, full = packed // PAGE_TOKENS, max(packed, fmt.packed_tokens(length)) // PAGE_TOKENS
         held = full if self._part(f"{name}.pages")[0][2:3] == [full] else used
         self._expect(f"{name}.pages", [batch, heads, held, fmt.page_bytes], "U8")
-        num_pages = max(MIN_PAGES, full)
+        num_pages = full
         page_bytes = batch * heads * fmt.page_bytes
         self.needed += num_pages * page_bytes + math.prod(shape) * DENSE_DTYPES[dtype].itemsize
-        self.room += (num_pages - max(MIN_PAGES, held)) * page_bytes
+        self.room += (num_pages - held) * page_bytes
 
         def read() -> PackedTensor:
             pages = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=self.device)
             pages[:, :, :used] = self.handle.get_tensor(f"{name}.pages")[:, :, :used].to(self.device)
-            state = torch.tensor([stored, packed], device=self.device)
-            storage = Storage(dynamic_pages(pages), self._read(f"{name}.dense"), state, fmt, stored, packed)
-            return PackedTensor(storage, length)
+            state = torch.tensor([stored, packed, begin], device=self.device)
+            storage = Storage(pages, self._read(f"{name}.dense"), state, fmt, stored, packed, begin)
+            return PackedTensor(storage, length, begin)
 
         return _Part([batch, heads, length, fmt.head_dim], dtype, stored, read)
 

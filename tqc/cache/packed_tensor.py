@@ -43,22 +43,31 @@ class PackedTensor(torch.Tensor):
 
     Pickled it is dense, so that a module whose buffers are packed is saved as any other.
 
-    A wrapper subclass: `pages`, `dense` and `state` (see `tqc.format`) are its inner tensors.
+    A wrapper subclass: the bytes of its pages, `dense` and `state` (see `tqc.format`) are its inner tensors.
+
+    Attributes:
+        begin: how many tokens before its own a sliding window has dropped.
     """
 
     packed_storage: Storage
+    begin: int
     views: Views | None = None
 
     @staticmethod
-    def __new__(cls, storage: Storage, length: int) -> PackedTensor:
+    def __new__(cls, storage: Storage, length: int, begin: int = 0) -> PackedTensor:
         batch, heads, _, dim = storage.dense.shape
         return make_wrapper_subclass(cls, (batch, heads, length, dim), storage.dense.dtype, storage.dense.device)
 
-    def __init__(self, storage: Storage, length: int) -> None:
-        self.packed_storage = storage
-        storage.note_reader(self, length)
-        if storage.is_full(length):
+    def __init__(self, storage: Storage, length: int, begin: int = 0) -> None:
+        self.packed_storage, self.begin = storage, begin
+        storage.note_reader(self, begin + length)
+        if storage.is_full(begin + length):
             setattr(self, DYNAMIC_SIZES, _LENGTH)
+
+    @classmethod
+    def up_to(cls, storage: Storage, end: int) -> PackedTensor:
+        """All tokens of a storage before position `end`."""
+        return cls(storage, end - storage.begin, storage.begin)
 
     __torch_function__ = disabled_torch_function
 
@@ -71,20 +80,30 @@ class PackedTensor(torch.Tensor):
         return self.packed_storage.dense
 
     @property
+    def codes(self) -> Tensor:
+        return self.packed_storage.codes
+
+    @property
     def state(self) -> Tensor:
-        return self.packed_storage.state
+        return self.packed_storage.state_from(self.begin)
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token, those that were dropped being counted."""
+        return self.begin + self.shape[2]
 
     @property
     def fmt(self) -> PackedFormat:
         return self.packed_storage.fmt
 
     def __tensor_flatten__(self) -> tuple[list[str], str]:
-        return ["pages", "dense", "state"], self.packed_storage.fmt.spec
+        return ["codes", "dense", "state"], self.packed_storage.fmt.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: str, outer_size: Any, outer_stride: Any) -> PackedTensor:
-        storage = Storage(inner["pages"], inner["dense"], inner["state"], PackedFormat.parse(spec), None, None)
-        return PackedTensor(storage, outer_size[2])
+        fmt, codes = PackedFormat.parse(spec), inner["codes"]
+        pages = codes.view(*codes.shape[:2], codes.shape[2] // fmt.page_bytes, fmt.page_bytes)
+        return PackedTensor(Storage(pages, inner["dense"], inner["state"], fmt, None, None, None), outer_size[2])
 
     # Methods below are overridden where dispatch comes too late: autograd would make the whole tensor the base of each
     # prefix and keep it alive, so that appending to a cropped cache had to copy; `repeat_interleave` decomposes.
@@ -127,7 +146,7 @@ class PackedTensor(torch.Tensor):
         return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, format={self.fmt})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
-        memo[id(self)] = result = PackedTensor(self.packed_storage.copy(self._stored()), self.shape[2])
+        memo[id(self)] = result = PackedTensor(self.packed_storage.copy(self._stored()), self.shape[2], self.begin)
         return result
 
     def __copy__(self) -> Tensor:
@@ -138,8 +157,12 @@ class PackedTensor(torch.Tensor):
         return self.dequantize().__reduce_ex__(protocol)
 
     def _stored(self) -> int:
-        """How many of the tokens are stored; fewer than the length in a preallocated cache."""
-        return min(self.shape[2], self.packed_storage.length)
+        """Position behind the last token that is stored; before the end in a preallocated cache."""
+        return min(self.end, self.packed_storage.length)
+
+    def room_behind(self, count: int) -> Storage:
+        """Storage to append `count` tokens to, see `Storage.room_behind`."""
+        return self.packed_storage.room_behind(self.begin, self.end, count)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -166,7 +189,7 @@ class PackedTensor(torch.Tensor):
 
 
 def _is_fake(args: Any) -> bool:
-    return any(isinstance(t.pages, FakeTensor) for t in pytree.arg_tree_leaves(*args) if isinstance(t, PackedTensor))
+    return any(isinstance(t.dense, FakeTensor) for t in pytree.arg_tree_leaves(*args) if isinstance(t, PackedTensor))
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -191,7 +214,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return _cat_rows([first, *rest])
     if dim not in (2, -2) or any(t.shape[:2] != first.shape[:2] or t.shape[3] != first.shape[3] for t in rest):
         return NotImplemented
-    if any(t.device != first.device for t in rest):
+    if any(t.device != first.device for t in rest) or first.fmt.keep is not None:
         return NotImplemented
     new = torch.cat([t.dequantize() if isinstance(t, PackedTensor) else t for t in rest], dim=2)
     return extend(first, fold(new, first.fmt))
@@ -199,35 +222,44 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
 
 def _cat_rows(tensors: list[Any]) -> Any:
     """Batches behind each other; they must agree in which tokens are packed."""
-    alike = {(t.shape[1:], t.device, t.fmt, t._stored()) if isinstance(t, PackedTensor) else None for t in tensors}
+    alike = {
+        (t.shape[1:], t.device, t.fmt, t.begin, t._stored()) if isinstance(t, PackedTensor) else None for t in tensors
+    }
     if len(alike) > 1 or None in alike:
         return NotImplemented
     parts = [t.packed_storage.copy(t._stored()) for t in tensors]
-    if len({part.packed for part in parts}) > 1:
+    if len({(part.packed, part.begin, part.fmt.keep and part.pages.shape[2]) for part in parts}) > 1:
         return NotImplemented
-    return PackedTensor(Storage.of_rows(parts), tensors[0].shape[2])
+    return PackedTensor(Storage.of_rows(parts), tensors[0].shape[2], tensors[0].begin)
 
 
-def extend(past: PackedTensor, new: Tensor, append: Append = library.append) -> PackedTensor:
+def extend(
+    past: PackedTensor, new: Tensor, append: Append = library.append, query: Tensor | None = None
+) -> PackedTensor:
     """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further.
 
-    Here and below, new tokens come as the format holds them: rotated where it is folded.
+    Here and below, new tokens come as the format holds them: rotated where it is folded; `query` is as in
+    `tqc.ops.pack`.
     """
-    length, count = past.shape[2], new.shape[2]
-    storage = past.packed_storage.room_behind(length, count)
+    count = new.shape[2]
+    storage = past.room_behind(count)
+    storage.balance(new, query)
     _append(storage, new, count, None, append)
-    return PackedTensor(storage, length + count)
+    return PackedTensor.up_to(storage, past.end + count)
 
 
-def pack(new: Tensor, fmt: PackedFormat, append: Append = library.append) -> PackedTensor:
+def pack(new: Tensor, fmt: PackedFormat, append: Append = library.append, query: Tensor | None = None) -> PackedTensor:
     """Pack dense keys or values, [batch, heads, n, head_dim]."""
-    return PackedTensor(pack_storage(new, fmt, new.shape[2], append), new.shape[2])
+    return PackedTensor.up_to(pack_storage(new, fmt, new.shape[2], append, query), new.shape[2])
 
 
-def pack_storage(new: Tensor, fmt: PackedFormat, tokens: int, append: Append = library.append) -> Storage:
+def pack_storage(
+    new: Tensor, fmt: PackedFormat, tokens: int, append: Append = library.append, query: Tensor | None = None
+) -> Storage:
     """Storage with room for `tokens` tokens that holds those of `new`."""
     batch, heads, count, _ = new.shape
     storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, tokens)
+    storage.balance(new, query)
     _append(storage, new, count, None, append)
     return storage
 
@@ -245,14 +277,14 @@ def _slice(x: PackedTensor, dim: int = 0, start: int | None = None, end: int | N
     if start == 0 and end == x.shape[dim]:
         return _view_of_all(x)
     if dim in (2, -2) and start == 0 and end > 0:
-        return view(x, PackedTensor(x.packed_storage, end))
+        return view(x, PackedTensor(x.packed_storage, end, x.begin))
     if dim in (0, -4):
         return view(x, _select_rows(x, torch.arange(start, max(start, end), device=x.device)))
     return NotImplemented
 
 
 def _view_of_all(x: PackedTensor) -> PackedTensor:
-    return view(x, PackedTensor(x.packed_storage, x.shape[2]))
+    return view(x, PackedTensor(x.packed_storage, x.shape[2], x.begin))
 
 
 @_handles(aten.split.Tensor)
@@ -298,12 +330,12 @@ def _repeat(x: PackedTensor, repeats: list[int]) -> Any:
 
 
 def _select_rows(x: PackedTensor, rows: Tensor) -> PackedTensor:
-    return PackedTensor(x.packed_storage.select(rows.to(x.device), x._stored()), x.shape[2])
+    return PackedTensor(x.packed_storage.select(rows.to(x.device), x._stored()), x.shape[2], x.begin)
 
 
 @_handles(aten.clone.default)
 def _clone(x: PackedTensor, *, memory_format: Any = None) -> PackedTensor:
-    return PackedTensor(x.packed_storage.copy(x._stored()), x.shape[2])
+    return PackedTensor(x.packed_storage.copy(x._stored()), x.shape[2], x.begin)
 
 
 @_handles(aten._to_copy.default)
@@ -312,13 +344,13 @@ def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs
         return NotImplemented
     s = x.packed_storage.copy(x._stored())
     device = device or x.device
-    moved = Storage(s.pages.to(device), s.dense.to(device), s.state.to(device), s.fmt, s.length, s.packed)
-    return PackedTensor(moved, x.shape[2])
+    parts = (part.to(device) for part in (s.pages, s.dense, s.state))
+    return PackedTensor(Storage(*parts, s.fmt, s.length, s.packed, s.begin), x.shape[2], x.begin)
 
 
 @_handles(aten.zero_.default)
 def _zero_(x: PackedTensor) -> PackedTensor:
-    if any(member.shape[2] > x.shape[2] for member in family(x)):
+    if x.fmt.keep is not None or any(member.end > x.end for member in family(x)):
         rewrite(x, torch.Tensor.zero_)
     else:
         writable(x).truncate(0)
@@ -356,8 +388,8 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
         consecutive = index.tolist() == list(range(first, end))
         if consecutive and (first < 0 or end > x.shape[2]):
             raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
-        held = min(x.packed_storage.length, max(member.shape[2] for member in family(x)))
-        if consecutive and source.dtype == x.dtype and end >= held:
+        held = max(member._stored() for member in family(x)) - x.begin
+        if consecutive and source.dtype == x.dtype and end >= held and x.fmt.keep is None:
             writable(x)
             write_at(x, fold(source, x.fmt), index)
             return x
@@ -384,8 +416,8 @@ def rewrite(x: PackedTensor, write: Callable[[Tensor], Any], stored: int | None 
         stored: behind how many tokens there are none but zeros; all may be others if None.
     """
     members = family(x)
-    length, s = max(member.shape[2] for member in members), x.packed_storage
-    dense = kernels.read(s.pages, s.dense, s.state, length, s.fmt.spec)
+    length = max(member.shape[2] for member in members)
+    dense = kernels.read(x.pages, x.dense, x.state, length, x.fmt.spec)
     write(dense[:, :, : x.shape[2]])
-    tokens = fold(dense if stored is None else dense[:, :, :stored], s.fmt)
-    hold(members, pack_storage(tokens, s.fmt, length, kernels.append))
+    tokens = fold(dense if stored is None else dense[:, :, :stored], x.fmt)
+    hold(members, pack_storage(tokens, x.fmt, length, kernels.append))

@@ -39,9 +39,11 @@ def can_become_packed(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not is_view(tensor) and whole and not tensor.requires_grad
 
 
-def become_packed(tensor: Tensor, stored: int, fmt: PackedFormat, append: Append) -> None:
-    """Turn a dense tensor object into a `PackedTensor` of the same shape that holds its first `stored` tokens."""
-    storage = pack_storage(tensor[:, :, :stored], fmt, tensor.shape[2], append)
+def become_packed(tensor: Tensor, stored: int, fmt: PackedFormat, append: Append, query: Tensor | None = None) -> None:
+    """Turn a dense tensor object into a `PackedTensor` of the same shape that holds its first `stored` tokens.
+
+    `query` is as in `tqc.ops.pack`."""
+    storage = pack_storage(tensor[:, :, :stored], fmt, tensor.shape[2], append, query)
     packed = PackedTensor(storage, tensor.shape[2])
     try:
         swap_tensors(tensor, packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,38 +14,69 @@ from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.ops import planes
 from tqc.torch_private import mark_dynamic
 
-# Pages are added by 1/128 of what there is, and by at least 1: spare capacity stays below 0.8 % of a long cache, and
-# growing copies 128 tokens' worth of codes for each one that is packed.
+# Of the pages of a long cache 1/128 are spare, so that growing copies 128 tokens' worth of codes for each one that is
+# packed. A short one has few spare pages and rows, so that it takes hardly more than a dense one.
 _GROWTH = 128
-_MIN_SPARE_PAGES = 1
-MIN_PAGES = 2  # a size of 1 would be a constant to dynamo
+_FEW_PAGES = 8
+_FEW_ROWS = 64
+_MIN_ROWS = 2  # a size of 1 would be a constant to dynamo
 
 
 class Storage:
     """Parts of one packed tensor (see `tqc.format`) with a host copy of its state.
 
-    `length` and `packed` mirror `state`; they are None where only the device knows them (writes at a `start` tensor).
+    `length`, `packed` and `begin` mirror `state`; they are None where only the device knows them (writes at a `start`
+    tensor). Lengths here are positions: tokens that a sliding window has dropped count.
+
+    Attributes:
+        codes: the bytes of `pages` as dynamo sees them, [batch, heads, bytes]: 0 or 1 pages would be constants to it.
     """
 
-    __slots__ = ("pages", "dense", "state", "fmt", "_length", "_packed", "_readers", "__weakref__")
+    __slots__ = ("_pages", "codes", "_dense", "state", "fmt", "_length", "_packed", "_begin", "_readers", "__weakref__")
 
     def __init__(
-        self, pages: Tensor, dense: Tensor, state: Tensor, fmt: PackedFormat, length: int | None, packed: int | None
+        self,
+        pages: Tensor,
+        dense: Tensor,
+        state: Tensor,
+        fmt: PackedFormat,
+        length: int | None,
+        packed: int | None,
+        begin: int | None,
     ) -> None:
-        self.pages, self.dense, self.state, self.fmt = pages, dense, state, fmt
-        self._length, self._packed = length, packed
-        self._readers: list[tuple[weakref.ref[Any], int]] = []  # and how many tokens each reads
+        self.fmt, self.state = fmt, state
+        self.pages, self.dense = pages, dense
+        self._length, self._packed, self._begin = length, packed, begin
+        self._readers: list[tuple[weakref.ref[Any], int]] = []  # and where what each reads ends
 
     @classmethod
     def allocate(
         cls, batch: int, heads: int, fmt: PackedFormat, dtype: torch.dtype, device: torch.device, tokens: int
     ) -> Storage:
-        """Empty storage with room for `tokens` tokens and some more."""
-        num_pages = max(MIN_PAGES, fmt.packed_tokens(tokens) // PAGE_TOKENS + _MIN_SPARE_PAGES)
-        pages = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=device)
-        dense = torch.zeros(batch, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype, device=device)
-        state = torch.zeros(2, dtype=torch.int64, device=device)
-        return cls(dynamic_pages(pages), dense, state, fmt, 0, 0)
+        """Empty storage with room for `tokens` tokens."""
+        pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.page_bytes, dtype=torch.uint8, device=device)
+        dense = fmt.empty_dense(batch, heads, max(_MIN_ROWS, fmt.rows_for(tokens)), dtype, device)
+        return cls(pages, dense, torch.zeros(3, dtype=torch.int64, device=device), fmt, 0, 0, 0)
+
+    @property
+    def pages(self) -> Tensor:
+        return self._pages
+
+    @pages.setter
+    def pages(self, pages: Tensor) -> None:
+        self._pages = pages
+        batch, heads, num_pages, page_bytes = pages.shape
+        self.codes = pages.flatten(2) if num_pages else _no_codes(batch, heads, page_bytes, pages.device)
+        mark_dynamic(self.codes, 2)
+
+    @property
+    def dense(self) -> Tensor:
+        return self._dense
+
+    @dense.setter
+    def dense(self, dense: Tensor) -> None:
+        self._dense = dense
+        mark_dynamic(dense, 2)
 
     @property
     def length(self) -> int:
@@ -58,12 +90,21 @@ class Storage:
             self._sync()
         return self._packed  # type: ignore[return-value]
 
+    @property
+    def begin(self) -> int:
+        """The first token that is held."""
+        if self.fmt.keep is None:
+            return 0
+        if self._begin is None:
+            self._sync()
+        return self._begin  # type: ignore[return-value]
+
     def _sync(self) -> None:
-        self._length, self._packed = self.state.tolist()
+        self._length, self._packed, self._begin = self.state.tolist()
 
     def forget(self) -> None:
         """Forget the host copy of the state: a kernel writes, or has written where only the device knows."""
-        self._length = self._packed = None
+        self._length = self._packed = self._begin = None
 
     def is_full(self, length: int) -> bool:
         """Whether the first `length` tokens are known to be stored, as in a cache that grows."""
@@ -75,76 +116,121 @@ class Storage:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
-        needed = self.fmt.packed_tokens(tokens) // PAGE_TOKENS
-        if needed <= self.pages.shape[2]:
-            return
-        batch, heads, _, page_bytes = self.pages.shape
-        num_pages = needed + max(_MIN_SPARE_PAGES, needed // _GROWTH)
-        pages = self.pages.new_empty(batch, heads, num_pages, page_bytes)
-        used = self.packed // PAGE_TOKENS
-        pages[:, :, :used] = self.pages[:, :, :used]
-        self.pages = dynamic_pages(pages)
+        needed, present = self.fmt.pages_for(tokens), self.pages.shape[2]
+        if needed > present:
+            spare = 0 if needed < _FEW_PAGES else max(1, needed // _GROWTH)
+            batch, heads, _, page_bytes = self.pages.shape
+            pages = self.pages.new_empty(
+                batch, heads, min(needed + spare, self.fmt.ring_pages or needed + spare), page_bytes
+            )
+            pages[:, :, :present] = self.pages
+            self.pages = pages
+        if self.fmt.rows_for(tokens) > self.dense.shape[2]:
+            spare = max(1, tokens // 8) if tokens < _FEW_ROWS else tokens // 20
+            self._grow_dense(self.fmt.rows_for(tokens) if tokens + spare > self.fmt.token_rows else tokens + spare)
 
-    def room_behind(self, length: int, count: int) -> Storage:
-        """The storage to append `count` tokens to behind the first `length`: this one, or a copy if others read on.
+    def _grow_dense(self, rows: int) -> None:
+        batch, heads, present, _ = self.dense.shape
+        dense = self.fmt.empty_dense(batch, heads, rows, self.dense.dtype, self.dense.device)
+        dense[:, :, :present] = self.dense
+        self.dense = dense
+
+    def room_behind(self, begin: int, end: int, count: int) -> Storage:
+        """The storage to append `count` tokens to behind those from `begin` to `end`: this one, or a copy if others read
+        on, or if they would lose what a sliding window drops.
 
         Where fewer tokens are stored, a copy with zeros up to there."""
-        storage = self._with_just(length)
-        storage.reserve(length + count)
-        if gap := length - storage.length:
+        storage = self._with_just(end)
+        if storage is self and (begin != self.begin or (self.fmt.keep is not None and self._loses(end + count))):
+            storage = self.copy(end)
+        storage._start_at(begin)
+        storage.reserve(end + count)
+        if gap := end - storage.length:
             batch, heads, _, dim = storage.dense.shape
             zeros = storage.dense.new_zeros(batch, heads, gap, dim)
             with Appending((storage,), (gap,)):
                 planes.append(storage.pages, storage.dense, storage.state, zeros, None, storage.fmt.spec)
         return storage
 
-    def copy(self, length: int) -> Storage:
-        """A storage of its own with the first `length` tokens."""
-        copy = Storage(
-            dynamic_pages(self.pages.clone()),
-            self.dense.clone(),
-            self.state.clone(),
-            self.fmt,
-            self.length,
-            self.packed,
-        )
-        copy.truncate(length)
+    def _loses(self, end: int) -> bool:
+        """Whether pages that are written up to position `end` take the place of some that are still read."""
+        written = self.fmt.packed_tokens(end, self.packed) // PAGE_TOKENS
+        replaced = written - max(self.pages.shape[2], self.fmt.pages_for(end))
+        lost = self.fmt.sink_tokens + replaced * PAGE_TOKENS
+        return replaced > 0 and any(tensor.begin < lost for tensor in self.readers())
+
+    def state_behind(self, count: int) -> tuple[int, int, int]:
+        """Length, packed and begin once `count` more tokens are stored."""
+        end = self.length + count
+        return end, self.fmt.packed_tokens(end, self.packed), self.fmt.first_held(end, self.begin)
+
+    def opens(self, count: int | None) -> bool:
+        """Whether `count` more tokens bring the first page of a cache that grows and whose heads have a balance."""
+        return self.fmt.centred and count is not None and not self.packed and self.state_behind(count)[1] > 0
+
+    def balance(self, new: Tensor, query: Tensor | None) -> None:
+        """Choose the balance of keys for which there is room by now, where the first page is about to be packed."""
+        if not self.packed:
+            planes.balance(self.dense, self.length, new, query, self.fmt)
+
+    def copy(self, end: int) -> Storage:
+        """A storage of its own with the tokens before position `end`."""
+        parts = self.pages.clone(), self.dense.clone(), self.state.clone()
+        copy = Storage(*parts, self.fmt, self.length, self.packed, self.begin)
+        copy.truncate(end)
         return copy
 
     @classmethod
     def of_rows(cls, parts: Sequence[Storage]) -> Storage:
-        """One storage with the batches of all; `length` and `packed` of all are the same."""
+        """One storage with the batches of all, whose states are the same."""
         first, num_pages = parts[0], min(part.pages.shape[2] for part in parts)
+        rows = min(part.dense.shape[2] for part in parts)
         pages = torch.cat([part.pages[:, :, :num_pages] for part in parts])
-        dense = torch.cat([part.dense for part in parts])
-        return cls(dynamic_pages(pages), dense, first.state.clone(), first.fmt, first.length, first.packed)
+        dense = torch.cat([part.dense[:, :, :rows] for part in parts])
+        return cls(pages, dense, first.state.clone(), first.fmt, first.length, first.packed, first.begin)
 
-    def select(self, rows: Tensor, length: int) -> Storage:
-        """A storage of its own with the first `length` tokens of the given batch rows."""
+    def select(self, rows: Tensor, end: int) -> Storage:
+        """A storage of its own with the tokens before position `end` of the given batch rows."""
         pages, dense = self.pages.index_select(0, rows), self.dense.index_select(0, rows)
-        chosen = Storage(dynamic_pages(pages), dense, self.state.clone(), self.fmt, self.length, self.packed)
-        chosen.truncate(length)
+        chosen = Storage(pages, dense, self.state.clone(), self.fmt, self.length, self.packed, self.begin)
+        chosen.truncate(end)
         return chosen
 
-    def truncate(self, length: int) -> None:
-        """Drop the tokens from `length` on, in place; no more are there than before."""
-        if length >= self.length:
+    def truncate(self, end: int) -> None:
+        """Drop the tokens from position `end` on, in place; no more are there than before."""
+        if end >= self.length:
             return
-        self._packed = planes.rewind(self.pages, self.dense, self.packed, length, self.fmt)
-        self._length = length
-        self.state.copy_(torch.tensor([self._length, self._packed]))
+        self._packed = planes.rewind(self.pages, self.dense, self.packed, end, self.fmt)
+        self._length = end
+        self._write_state()
 
-    def note_reader(self, tensor: Tensor, length: int) -> None:
-        """Remember that `tensor`, a packed one, reads the first `length` tokens from here."""
+    def _start_at(self, begin: int) -> None:
+        if begin != self.begin:
+            self._begin = begin
+            self._write_state()
+
+    def _write_state(self) -> None:
+        self.state.copy_(torch.tensor([self.length, self.packed, self.begin]))
+
+    def state_from(self, begin: int) -> Tensor:
+        """The state as a tensor whose first token is `begin` sees it: one that a sliding window may have left."""
+        if begin == self.begin:
+            return self.state
+        state = self.state.clone()
+        state[2] = begin
+        return state
+
+    def note_reader(self, tensor: Tensor, end: int) -> None:
+        """Remember that `tensor`, a packed one, reads tokens up to position `end` from here."""
         if len(self._readers) > 4:
             self.readers()
-        self._readers.append((weakref.ref(tensor), length))
+        self._readers.append((weakref.ref(tensor), end))
 
     def readers(self) -> list[Any]:
         """The packed tensors that read from here."""
-        alive = [(ref, length, tensor) for ref, length in self._readers if (tensor := ref()) is not None]
+        alive = [(ref, end, tensor) for ref, end in self._readers if (tensor := ref()) is not None]
         alive = [reader for reader in alive if reader[2].packed_storage is self]
-        self._readers = [(ref, length) for ref, length, _ in alive]
+        self._readers = [(ref, end) for ref, end, _ in alive]
         return [tensor for _, _, tensor in alive]
 
     @property
@@ -152,13 +238,14 @@ class Storage:
         """Whether that is clear without a look at them."""
         return len(self._readers) == 1
 
-    def _with_just(self, length: int) -> Storage:
-        """One with these tokens and no more, where nobody reads on: this one or a copy; fewer if fewer are stored."""
-        if any(reads > length for _, reads in self._readers) and any(t.shape[2] > length for t in self.readers()):
-            return self.copy(length)
-        if length > self.length:
-            return self.copy(length)
-        self.truncate(length)
+    def _with_just(self, end: int) -> Storage:
+        """One with the tokens before position `end` and no more, where nobody reads on: this one or a copy; fewer if
+        fewer are stored."""
+        if any(read > end for _, read in self._readers) and any(tensor.end > end for tensor in self.readers()):
+            return self.copy(end)
+        if end > self.length:
+            return self.copy(end)
+        self.truncate(end)
         return self
 
 
@@ -180,8 +267,8 @@ class Appending:
     def __init__(self, storages: Sequence[Storage], counts: Sequence[int | None]) -> None:
         self._storages = storages
         self._states = [
-            (None, None) if count is None else (s.length + count, s.fmt.packed_tokens(s.length + count, s.packed))
-            for s, count in zip(storages, counts, strict=True)
+            (None, None, None) if count is None else storage.state_behind(count)
+            for storage, count in zip(storages, counts, strict=True)
         ]
 
     def __enter__(self) -> None:
@@ -190,11 +277,11 @@ class Appending:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
-            for storage, (length, packed) in zip(self._storages, self._states, strict=True):
-                storage._packed, storage._length = packed, length
+            for storage, state in zip(self._storages, self._states, strict=True):
+                storage._length, storage._packed, storage._begin = state
 
 
-def dynamic_pages(pages: Tensor) -> Tensor:
-    """Tell dynamo that the number of pages varies, so that growth never recompiles."""
-    mark_dynamic(pages, 2)
-    return pages
+@cache
+def _no_codes(batch: int, heads: int, page_bytes: int, device: torch.device) -> Tensor:
+    """What stands for the pages of all caches that have none."""
+    return torch.zeros(batch, heads, page_bytes, dtype=torch.uint8, device=device)

@@ -65,7 +65,7 @@ def writable(x: PackedTensor) -> Storage:
         return storage
     members = family(x)
     if any(all(reader is not member for member in members) for reader in storage.readers()):
-        storage = storage.copy(min(storage.length, max(member.shape[2] for member in members)))
+        storage = storage.copy(min(storage.length, max(member.end for member in members)))
         hold(members, storage)
     return storage
 
@@ -74,5 +74,5 @@ def hold(members: list[PackedTensor], storage: Storage) -> None:
     """Let all of them read from `storage`."""
     for member in members:
         if member.packed_storage is not storage:
-            member.packed_storage = storage
-            storage.note_reader(member, member.shape[2])
+            member.packed_storage, member.begin = storage, storage.begin
+            storage.note_reader(member, member.end)

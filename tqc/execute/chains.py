@@ -174,22 +174,25 @@ class CompiledChain:
         storages = self._storages(args)
         if len({id(storage) for storage in storages}) < len(storages):
             return self.in_python(*args)  # layers that share a cache must see each other's tokens
-        lengths = [args[site.k_cache].shape[2] for site in self.sites]
+        if any(storage.opens(count) for storage, count in zip(storages, self.counts, strict=True)):
+            return self.in_python(*args)  # keys are balanced by the queries of this step
         tensors = [args[index] for index in self.tensors]
         for storage in storages:
             tensors += (storage.pages, storage.dense, storage.state)
         specs = [storage.fmt.spec for storage in storages]
-        capacities = [ABSENT if site.grows else length for site, length in zip(self.sites, lengths, strict=True)]
+        capacities = [ABSENT if site.grows else args[site.k_cache].shape[2] for site in self.sites]
         in_python = functools.partial(self._in_python, args)
         with Appending(storages, self.counts):
             results = self.kernels.run_chain(self.chain, tensors, specs, capacities, in_python)
         tensor = iter(results)
         return tuple(
-            next(tensor)
-            if isinstance(output, int)
-            else PackedTensor(storages[2 * output[0] + output[1]], lengths[output[0]] + self.sites[output[0]].count)
+            next(tensor) if isinstance(output, int) else self._grown(args, storages, *output)
             for output in self.returned
         )
+
+    def _grown(self, args: tuple[Any, ...], storages: list[Storage], index: int, part: int) -> PackedTensor:
+        site = self.sites[index]
+        return PackedTensor.up_to(storages[2 * index + part], args[site.k_cache].end + site.count)
 
     def _storages(self, args: tuple[Any, ...]) -> list[Storage]:
         """Those of keys and values of each site, ready to be appended to."""
@@ -197,7 +200,7 @@ class CompiledChain:
         for site in self.sites:
             for cache in (args[site.k_cache], args[site.v_cache]):
                 if site.grows:
-                    storages.append(cache.packed_storage.room_behind(cache.shape[2], site.count))
+                    storages.append(cache.room_behind(site.count))
                 else:
                     storages.append(writable(cache))
         return storages

@@ -58,8 +58,8 @@ class Attention(Instruction):
     def attend(
         self,
         query: Tensor,
-        k: Storage,
-        v: Storage,
+        k: Storage | PackedTensor,
+        v: Storage | PackedTensor,
         key: Tensor | None,
         value: Tensor | None,
         attn_mask: Tensor | None,
@@ -96,12 +96,13 @@ class AttendExtend(Attention):
         attn_mask: Tensor | None,
         sinks: Tensor | None,
     ) -> tuple[Any, PackedTensor, PackedTensor]:
-        length, count = k_cache.shape[2], key.shape[2]
-        k, v = (cache.packed_storage.room_behind(length, count) for cache in (k_cache, v_cache))
+        count, end = key.shape[2], k_cache.end + key.shape[2]
+        k, v = k_cache.room_behind(count), v_cache.room_behind(count)
+        k.balance(key, query)
         with Appending((k, v), (count, count)):
             out = self.attend(query, k, v, key, value, attn_mask, sinks, None)
             self.append(k, v, key, value, None)
-        return out, PackedTensor(k, length + count), PackedTensor(v, length + count)
+        return out, PackedTensor.up_to(k, end), PackedTensor.up_to(v, end)
 
 
 class AttendWrite(Attention):
@@ -152,14 +153,12 @@ class Attend(Attention):
         sinks: Tensor | None,
     ) -> Any:
         start = _end(k_cache) if positions is None else position(positions, query.device)
-        k, v = k_cache.packed_storage, v_cache.packed_storage
-        return self.attend(query, k, v, key, value, attn_mask, sinks, start)
+        return self.attend(query, k_cache, v_cache, key, value, attn_mask, sinks, start)
 
 
 def _end(cache: PackedTensor) -> Tensor | None:
     """Where the tokens of a cache end, if more are stored or fewer: then the rest are zeros."""
-    length = cache.shape[2]
-    return None if cache.packed_storage.length == length else torch.tensor([length], device=cache.device)
+    return None if cache.packed_storage.length == cache.end else torch.tensor([cache.end], device=cache.device)
 
 
 def _on_host(x: Tensor) -> bool:
@@ -174,15 +173,18 @@ class Pack(Instruction):
     provider: Provider
     spec: str
 
-    OPERANDS = ("new", "start", "capacity")
+    OPERANDS = ("new", "start", "capacity", "query")
 
-    def __call__(self, new: Tensor, start: Tensor | int | None, capacity: int | None) -> PackedTensor:
+    def __call__(
+        self, new: Tensor, start: Tensor | int | None, capacity: int | None, query: Tensor | None
+    ) -> PackedTensor:
         fmt, append = PackedFormat.parse(self.spec), self.provider.kernels.append
         if capacity is None and start is None:
-            return packed_tensor.pack(new, fmt, append)
+            return packed_tensor.pack(new, fmt, append, query)
         batch, heads, count, _ = new.shape
         capacity = count + int(start or 0) if capacity is None else capacity
         result = PackedTensor(Storage.allocate(batch, heads, fmt, new.dtype, new.device, capacity), capacity)
+        result.packed_storage.balance(new, query)
         packed_tensor.write_at(result, new, position(0 if start is None else start, new.device), append)
         return result
 
@@ -193,10 +195,10 @@ class Extend(Instruction):
 
     provider: Provider
 
-    OPERANDS = ("cache", "new")
+    OPERANDS = ("cache", "new", "query")
 
-    def __call__(self, cache: PackedTensor, new: Tensor) -> PackedTensor:
-        return packed_tensor.extend(cache, new, self.provider.kernels.append)
+    def __call__(self, cache: PackedTensor, new: Tensor, query: Tensor | None) -> PackedTensor:
+        return packed_tensor.extend(cache, new, self.provider.kernels.append, query)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,8 +233,7 @@ class Read(Instruction):
     OPERANDS = ("cache",)
 
     def __call__(self, cache: PackedTensor) -> Tensor:
-        s = cache.packed_storage
-        return self.provider.kernels.read(s.pages, s.dense, s.state, cache.shape[2], s.fmt.spec)
+        return self.provider.kernels.read(cache.pages, cache.dense, cache.state, cache.shape[2], cache.fmt.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,17 +248,23 @@ class Adopt(Instruction):
     v_spec: str
     counted: bool
 
-    OPERANDS = ("keys", "values", "positions", "count", "attn_mask")
+    OPERANDS = ("keys", "values", "positions", "count", "attn_mask", "query")
 
     def __call__(
-        self, keys: Tensor, values: Tensor, positions: Tensor | int, count: int, attn_mask: Tensor | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor | int,
+        count: int,
+        attn_mask: Tensor | None,
+        query: Tensor | None,
     ) -> None:
         start = position(positions, keys.device)
         if not is_append(start, count, self.counted, keys.shape[2], keys.shape[2], attn_mask):
             return
         if preallocated.can_become_packed(keys) and preallocated.can_become_packed(values):
             stored, append = int(start.flatten()[0]) + count, self.provider.kernels.append
-            preallocated.become_packed(keys, stored, PackedFormat.parse(self.k_spec), append)
+            preallocated.become_packed(keys, stored, PackedFormat.parse(self.k_spec), append, query)
             preallocated.become_packed(values, stored, PackedFormat.parse(self.v_spec), append)
 
 
@@ -268,7 +275,7 @@ class Fork(Instruction):
     OPERANDS = ("cache",)
 
     def __call__(self, cache: PackedTensor) -> PackedTensor:
-        return PackedTensor(cache.packed_storage, cache.shape[2])
+        return PackedTensor(cache.packed_storage, cache.shape[2], cache.begin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,4 +320,5 @@ def _planes(x: PackedTensor) -> Planes:
 
 def as_packed_tensor(planes: Planes) -> PackedTensor:
     """The packed tensor that holds these parts."""
-    return PackedTensor(Storage(*planes.parts, planes.fmt, *planes.state.tolist()), planes.length)
+    begin = int(planes.state[2])
+    return PackedTensor(Storage(*planes.parts, planes.fmt, *planes.state.tolist()), planes.length, begin)

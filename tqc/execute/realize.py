@@ -144,8 +144,9 @@ class _Realizer:
         self.graph.erase_node(store)
 
     def extend(self, node: Node) -> None:
-        cache, new = node.args
-        self.replace(node, Extend(self.of_cache(node, example(cache))), cache, new)
+        a = ops.extend.arguments(node)
+        extend = Extend(self.of_cache(node, example(node)))
+        self.replace(node, extend, a["cache"], a["new"], a["query"])
 
     def write(self, node: Node) -> None:
         a = ops.write.arguments(node)
@@ -159,7 +160,7 @@ class _Realizer:
     def pack(self, node: Node) -> None:
         a = ops.pack.arguments(node)
         pack = Pack(self.of_cache(node, example(node)), a["spec"])
-        self.replace(node, pack, a["new"], a["start"], a["capacity"])
+        self.replace(node, pack, a["new"], a["start"], a["capacity"], a["query"])
 
     def read(self, node: Node) -> None:
         self.replace(node, Read(self.of_cache(node, example(node.args[0]))), node.args[0])
@@ -168,7 +169,7 @@ class _Realizer:
         a = ops.adopt.arguments(node)
         k_cache, v_cache = example(node)
         provider = self.provider(node, k_cache.dtype, k_cache.device, k_cache.fmt, v_cache.fmt)
-        operands = (a["keys"], a["values"], a["positions"], a["count"], a["attn_mask"])
+        operands = (a["keys"], a["values"], a["positions"], a["count"], a["attn_mask"], a["query"])
         self.call(node, Adopt(provider, a["k_spec"], a["v_spec"], a["counted"]), *operands)
         for part in list(node.users):  # the caller's tensors become these
             for update in list(part.users):

@@ -1,21 +1,23 @@
-"""The packed format, version 1: one byte layout for every device and for disk. docs/format.md shows it byte for byte.
+"""The packed format, version 2: one byte layout for every device and for disk. docs/format.md shows it byte for byte.
 
 One packed tensor of shape [batch, num_key_value_heads, length, head_dim] is held in three tensors:
 
 - `pages`, uint8 [batch, heads, num_pages, page_bytes]: the packed tokens, 32 to a page;
-- `dense`, model dtype [batch, heads, 1 + sink_tokens + residual_window, head_dim]: row 0 is the head's centre
-  (rotated), then the first `sink_tokens` tokens, then a ring of the most recent ones, as they came (not rotated,
-  unless the format is `folded`);
-- `state`, int64 [2]: how many tokens there are, and how many of them are packed.
+- `dense`, model dtype [batch, heads, rows, head_dim]: the first `sink_tokens` tokens, a ring of the `residual_window`
+  most recent ones, both as they came (not rotated, unless the format is `folded`), and in centred formats the head's
+  centre and balance. While nothing was packed there may be fewer rows, those of the tokens alone;
+- `state`, int64 [3]: how many tokens came, how many of them were packed, and the first one that is still held.
 
 Token t >= sink_tokens has the packed index u = t - sink_tokens. It lives in page u // 32 if u < packed, else in the
-ring at row 1 + sink_tokens + u % residual_window.
+ring at row sink_tokens + u % residual_window. Page p lies at p % num_pages, so that the pages of a sliding window form
+a ring; elsewhere there are as many as are needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 
@@ -23,7 +25,7 @@ from tqc.format import codebook
 from tqc.format.rotation import ROTATIONS, rotation
 from tqc.torch_private import no_modes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PAGE_TOKENS = 32
 HEADER_BYTES = 16
 # Scales are stored as base * 2**(-code / SCALE_STEPS), the two codes above the last one are special.
@@ -36,6 +38,7 @@ CENTRE_ZERO = 8
 ALIGNMENT = 16
 # A rotation is a matrix of head_dim x head_dim.
 MAX_HEAD_DIM = 1024
+MAX_KEEP = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class PackedFormat:
         folded: whether the model itself makes the vectors rotated, by weights that the rotation was folded into
             (values): then dense rows hold them so, and packing does not rotate. Only `read` gives them back as the
             model without folding makes them.
+        keep: how many of the last tokens are held, those before them being dropped (sliding windows); None for all.
     """
 
     head_dim: int
@@ -64,6 +68,7 @@ class PackedFormat:
     rotation: str = "hadamard"
     seed: int = 0
     folded: bool = False
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim < 8 or self.head_dim % 8:
@@ -82,6 +87,8 @@ class PackedFormat:
             raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
+        if self.keep is not None and not 1 <= self.keep <= MAX_KEEP:
+            raise ValueError(f"keep must be between 1 and {MAX_KEEP}, or None; got {self.keep}")
 
     @cached_property
     def spec(self) -> str:
@@ -92,7 +99,8 @@ class PackedFormat:
         kind = "centred" if self.centred else "plain"
         return (
             f"tq{FORMAT_VERSION}:d{self.head_dim}:b{self.bits}:{kind}:s{self.sink_tokens}:w{self.residual_window}"
-            f":{self.rotation}:{self.seed}{':folded' if self.folded else ''}"
+            f":{self.rotation}:{self.seed}{'' if self.keep is None else f':keep{self.keep}'}"
+            f"{':folded' if self.folded else ''}"
         )
 
     @staticmethod
@@ -107,15 +115,16 @@ class PackedFormat:
         if parts[0] != f"tq{FORMAT_VERSION}":
             raise ValueError(f"spec {spec!r} is not of packed format version {FORMAT_VERSION}")
         try:
-            _, d, b, kind, s, w, rot, seed, *folded = parts
+            _, d, b, kind, s, w, rot, seed, *rest = parts
             if (d[0], b[0], s[0], w[0]) != ("d", "b", "s", "w") or kind not in ("centred", "plain"):
                 raise ValueError
-            if folded not in ([], ["folded"]):
-                raise ValueError
             head_dim, bits, sink_tokens, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
+            keep = int(rest.pop(0).removeprefix("keep")) if rest and rest[0].startswith("keep") else None
+            if rest not in ([], ["folded"]):
+                raise ValueError
         except (ValueError, IndexError):
             raise ValueError(f"malformed spec {spec!r}") from None
-        return PackedFormat(head_dim, bits, kind == "centred", sink_tokens, window, rot, number, bool(folded))
+        return PackedFormat(head_dim, bits, kind == "centred", sink_tokens, window, rot, number, bool(rest), keep)
 
     @cached_property
     def planes(self) -> tuple[tuple[int, int, int], ...]:
@@ -151,14 +160,60 @@ class PackedFormat:
         width, _, offset = self.planes[-1]
         return _align(offset + PAGE_TOKENS * self.head_dim * width // 8)
 
-    @property
+    @cached_property
+    def token_rows(self) -> int:
+        """Rows of `dense` that hold tokens; the head's centre is behind them, and then its balance."""
+        return self.sink_tokens + self.residual_window
+
+    @cached_property
+    def head_rows(self) -> int:
+        return 2 if self.centred else 0
+
+    def head(self, dense: torch.Tensor) -> torch.Tensor:
+        """The rows of `dense` with the centre and the balance of each head, [batch, heads, head_rows, head_dim]."""
+        return dense[:, :, self.token_rows : self.dense_rows]
+
+    @cached_property
     def dense_rows(self) -> int:
-        return 1 + self.sink_tokens + self.residual_window
+        """Rows of `dense` as soon as something is packed."""
+        return self.token_rows + self.head_rows
+
+    @cached_property
+    def ring_pages(self) -> int | None:
+        """Pages that hold a sliding window, with spare ones so that up to 32 new tokens overwrite nothing that the
+        tokens before them need; None where all tokens are kept."""
+        if self.keep is None:
+            return None
+        return max(1, -(-(self.keep - self.residual_window + 2 * PAGE_TOKENS) // PAGE_TOKENS))
+
+    def empty_dense(
+        self, batch: int, heads: int, rows: int, dtype: torch.dtype, device: torch.device | str
+    ) -> torch.Tensor:
+        """`dense` of a cache without tokens, [batch, heads, rows, head_dim]; the balance, if it has that row, is one."""
+        balances = max(0, rows - self.token_rows - 1)
+        zeros = torch.zeros(batch, heads, rows - balances, self.head_dim, dtype=dtype, device=device)
+        return torch.cat([zeros, zeros[:, :, :balances] + 1], dim=2) if balances else zeros
+
+    def rows_for(self, tokens: int) -> int:
+        """How many rows of `dense` `tokens` tokens need."""
+        return tokens if tokens <= self.token_rows else self.dense_rows
 
     def packed_tokens(self, length: int, already: int = 0) -> int:
         """How many of `length` tokens are packed (not dense), a multiple of 32, never fewer than `already`."""
-        over = length - self.sink_tokens - self.residual_window
-        return max(already, -(-over // PAGE_TOKENS) * PAGE_TOKENS, 0)
+        return max(already, -(-(length - self.token_rows) // PAGE_TOKENS) * PAGE_TOKENS, 0)
+
+    def pages_for(self, tokens: int, already: int = 0) -> int:
+        """How many pages `tokens` tokens need."""
+        pages = self.packed_tokens(tokens, already) // PAGE_TOKENS
+        return pages if self.ring_pages is None else min(pages, self.ring_pages)
+
+    def held_tokens(self, tokens: Any) -> Any:
+        """How many of `tokens` tokens, a number or a symbolic one, are held."""
+        return tokens if self.keep is None else torch.sym_min(tokens, self.keep)
+
+    def first_held(self, length: int, begin: int = 0) -> int:
+        """The first token that is held when there are `length`, none before `begin` being held any more."""
+        return begin if self.keep is None else max(begin, length - self.keep)
 
     def levels(self, device: torch.device | str = "cpu") -> torch.Tensor:
         return _on_device(codebook.levels, (self.head_dim, self.bits), str(device))

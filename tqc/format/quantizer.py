@@ -1,13 +1,15 @@
 """Reference encoding and decoding of pages, in plain torch: the semantics that every kernel is tested against.
 
-A page holds 32 tokens of one head. With x the vector of a token and R the rotation:
+A page holds 32 tokens of one head. With x the vector of a token, R the rotation and s the balance of the head's
+channels (see `tqc.format.balance`):
 
-    y   = R x                                    rotated (y = x in folded formats, whose vectors come rotated)
+    y   = R (x / s)                              balanced and rotated (R x in plain formats; x in folded ones, whose
+                                                 vectors come rotated)
     r_t = y_t - centre_head - centre_page        (centred formats; see `encode_pages`)
     s_t = |r_t| / sqrt(head_dim)                 scale
     i_t = argmin_i |r_t / f s_t - level_i|       Lloyd-Max codes, for the f that leaves the least squared error
     s_t <- <r_t, level> / <level, level>         norm correction: the scale of least squared error
-    y^_t = centre_head + centre_page + s_t level[i_t],   x^ = R' y^      (x^ = y^ in folded formats)
+    y^_t = centre_head + centre_page + s_t level[i_t],   x^ = s (R' y^)
 
 Scales are rounded to 2**(-1/32) of the largest one in the page *before* the codes are chosen, so their rounding costs
 next to nothing. A vector whose residual is zero reads back exactly; one with a NaN or an infinity, or whose rotation
@@ -79,50 +81,62 @@ def unfold(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
 
 
 def _coded(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """Vectors as they come in the rotated basis, float32."""
+    """Balanced vectors in the rotated basis, float32."""
     return x.float() if fmt.folded else rotate(x, fmt)
 
 
-def decoded(y: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """Vectors in the rotated basis as dense rows hold them, float32."""
-    return y.float() if fmt.folded else unrotate(y, fmt)
-
-
-def head_centre(first_page: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """Centre of each head in its rotated basis, in `first_page`'s dtype [..., head_dim]: the mean of those tokens.
+def decoded(y: torch.Tensor, head: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """Vectors [batch, heads, n, head_dim] of pages as dense rows hold them, float32.
 
     Args:
-        first_page: [..., 32, head_dim], as they came.
+        y: in the rotated basis.
+        head: as in `encode_pages`.
+    """
+    x = y.float() if fmt.folded else unrotate(y, fmt)
+    return x * head[:, :, 1:].float() if fmt.centred else x
+
+
+def head_rows(first_page: torch.Tensor, fmt: PackedFormat, balance: torch.Tensor | None = None) -> torch.Tensor:
+    """The centre of each head in its balanced and rotated basis, which is the mean of these tokens, and its balance.
+
+    Args:
+        first_page: [batch, heads, 32, head_dim], as they came.
+        balance: [batch, heads, 1, head_dim]; None for ones.
+
+    Returns:
+        In `first_page`'s dtype, [batch, heads, 2, head_dim]; no rows in plain formats.
     """
     if not fmt.centred:
-        return torch.zeros_like(first_page[..., 0, :])
+        return first_page[:, :, :0]
+    balance = torch.zeros_like(first_page[:, :, :1]) + 1 if balance is None else balance
     # A rotated mean can exceed float16 where no coordinate did; the centre of the page makes up for the clamp.
     limits = torch.finfo(first_page.dtype)
-    return _finite_mean(_coded(first_page, fmt)).clamp(limits.min, limits.max).to(first_page.dtype)
+    mean = _finite_mean(_coded(first_page.float() / balance.float(), fmt)).clamp(limits.min, limits.max)
+    return torch.cat([mean.unsqueeze(2).to(first_page.dtype), balance.to(first_page.dtype)], dim=2)
 
 
-def encode_pages(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+def encode_pages(x: torch.Tensor, head: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """Encode whole pages.
 
     Args:
         x: [batch, heads, n * 32, head_dim], any float dtype.
-        centre: [batch, heads, head_dim], from `head_centre`.
+        head: [batch, heads, head_rows, head_dim], from `head_rows`.
 
     Returns:
         uint8 [batch, heads, n, page_bytes].
     """
     batch, heads, tokens, dim = x.shape
     rows = x.reshape(batch * heads, tokens // PAGE_TOKENS, PAGE_TOKENS, dim)
-    centres = centre.reshape(batch * heads, 1, 1, dim)
+    head = head.reshape(batch * heads, 1, fmt.head_rows, dim).float()
     step = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[0] * PAGE_TOKENS * dim))
-    parts = [_encode(part, centres, fmt) for part in rows.split(step, dim=1)]
+    parts = [_encode(part, head, fmt) for part in rows.split(step, dim=1)]
     return torch.cat(parts, dim=1).reshape(batch, heads, tokens // PAGE_TOKENS, fmt.page_bytes)
 
 
-def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    r = _coded(x, fmt)
+def _encode(x: torch.Tensor, head: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    r = _coded(x / head[:, :, 1:] if fmt.centred else x, fmt)
     if fmt.centred:
-        r = r - centre.float()
+        r = r - head[:, :, :1]
     bad = ~torch.isfinite(r).all(-1, keepdim=True)
     r = r.masked_fill(bad, 0.0)
     page = torch.zeros(*r.shape[:2], fmt.page_bytes, dtype=torch.uint8, device=x.device)
@@ -169,16 +183,16 @@ def _encode(x: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.T
     return page
 
 
-def decode_pages(pages: torch.Tensor, centre: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+def decode_pages(pages: torch.Tensor, head: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     """Decode pages, uint8 [batch, heads, n, page_bytes], to float32 [batch, heads, n * 32, head_dim], *rotated*.
 
-    The caller goes on with `decoded`, or rotates the query instead.
+    The caller goes on with `decoded`, or rotates the query instead. `head` is that of `encode_pages`.
     """
     y = decode_levels(pages, fmt) * token_scales(pages, fmt).unsqueeze(-1)
     if fmt.centred:
         step = _recast(pages[..., 4:8], torch.float32)
         code = unpack_plane(pages[..., fmt.centre_offset : fmt.centre_offset + fmt.head_dim // 2], 4).float()
-        y = y + ((code - CENTRE_ZERO) * step).unsqueeze(-2) + centre.float()[:, :, None, None, :]
+        y = y + ((code - CENTRE_ZERO) * step).unsqueeze(-2) + head[:, :, :1].float().unsqueeze(3)
     return y.flatten(2, 3)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqc.format import PackedFormat
 from tqc.ops import planes
 from tqc.ops.op import op
+from tqc.ops.pack import pack
 from tqc.ops.value import PackedValue, Planes
 from tqc.ops.write import is_append
 
@@ -23,6 +24,7 @@ def adopt(
     k_spec: str,
     v_spec: str,
     counted: bool = False,
+    query: Tensor | None = None,
 ) -> tuple[Planes, Planes]:
     """Pack preallocated dense caches that have just been written, of the same capacity as they have.
 
@@ -35,6 +37,7 @@ def adopt(
         positions, attn_mask, counted: as in `write`.
         count: how many tokens were written.
         k_spec, v_spec: of the formats.
+        query: as in `pack`.
 
     Returns:
         Keys and values, packed.
@@ -48,13 +51,7 @@ def adopt(
     if not is_append(start, count, counted, capacity, capacity, attn_mask):
         raise ValueError("attention sees what lies behind the new tokens, so the caches must stay dense")
     stored = int(start.flatten()[0]) + count
-    made = []
-    for dense, spec in ((keys, k_spec), (values, v_spec)):
-        fmt = PackedFormat.parse(spec)
-        cache = Planes.empty(dense.shape[0], dense.shape[1], fmt, dense.dtype, dense.device, capacity)
-        planes.append(*cache.parts, dense[:, :, :stored], None, spec)
-        made.append(cache)
-    return made[0], made[1]
+    return pack(keys[:, :, :stored], k_spec, None, capacity, query), pack(values[:, :, :stored], v_spec, None, capacity)
 
 
 @adopt.register_fake

@@ -40,8 +40,9 @@ def attend(
             rotated, and so does the output go.
         positions: where the new tokens stand in a preallocated cache, as in `write`; None: behind the cache's tokens.
         attn_mask: bool (True: attend) or float (added to the scores), broadcastable to
-            [batch, query_heads, n, columns], columns in the order of positions; those behind stored and new tokens
-            stand for keys and values of zeros, as a preallocated dense cache holds them.
+            [batch, query_heads, n, columns], columns in the order of positions, from the first token that the cache
+            holds; those behind stored and new tokens stand for keys and values of zeros, as a preallocated dense cache
+            holds them.
         sinks: one logit per query head that joins each softmax with a value of zero, [query_heads] (gpt-oss).
         scale: factor of the scores. The score of a packed token is corrected for its coding error
             (`tqc.ops.planes.correction`).
@@ -66,7 +67,7 @@ def attend(
             keys, values = (write(c, new, start, attn_mask, counted) for c, new in ((keys, key), (values, value)))
             key = value = start = None
     else:
-        start = planes.position(keys.length, query.device) if keys.length < int(keys.state[0]) else None
+        start = planes.position(keys.end, query.device) if keys.end < int(keys.state[0]) else None
     out, lse = planes.attend(
         query,
         *keys.parts,

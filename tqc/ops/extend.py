@@ -12,28 +12,33 @@ from tqc.ops.value import PackedValue, Planes
 
 
 @op(consumes=("cache",))
-def extend(cache: Planes, new: Tensor) -> Planes:
+def extend(cache: Planes, new: Tensor, query: Tensor | None = None) -> Planes:
     """A growing cache with tokens behind its own; those that leave the recent window are packed.
 
     Args:
         cache: of m tokens.
         new: [batch, heads, n, head_dim] in the cache's dtype; rotated where the format is folded.
+        query: as in `pack`.
 
     Returns:
-        A cache of m + n tokens.
+        A cache of m + n tokens, or of the last `keep` of them where the format keeps no more.
     """
-    longer = replace(cache.copy(cache.length + new.shape[2]), length=cache.length + new.shape[2])
-    planes.append(*longer.parts, new, planes.position(cache.length, new.device), cache.fmt.spec)
+    length = cache.fmt.held_tokens(cache.length + new.shape[2])
+    longer = replace(cache.copy(cache.end + new.shape[2]), length=length)
+    start = planes.position(cache.end, new.device)
+    if not int(longer.state[1]):
+        planes.balance(longer.dense, cache.end, new, query, cache.fmt)
+    planes.append(*longer.parts, new, start, cache.fmt.spec)
     return longer
 
 
 @extend.register_fake
-def _(cache: PackedValue, new: Tensor) -> PackedValue:
+def _(cache: PackedValue, new: Tensor, query: Tensor | None) -> PackedValue:
     return cache.longer(new.shape[2])
 
 
 @extend.register_traceable
-def _(cache: Planes, new: Tensor) -> Planes:
-    """The pages must have room for the new tokens."""
-    start = planes.position(cache.length, new.device)
-    return replace(traceable.append(cache, new, start), length=cache.length + new.shape[2])
+def _(cache: Planes, new: Tensor, query: Tensor | None = None) -> Planes:
+    """The cache must have room for the new tokens. The balance of its heads stays as it is."""
+    length = cache.fmt.held_tokens(cache.length + new.shape[2])
+    return replace(traceable.append(cache, new, cache.state[2:] + cache.length), length=length)

@@ -12,7 +12,13 @@ from tqc.ops.value import PackedValue, Planes
 
 
 @op()
-def pack(new: Tensor, spec: str, start: Tensor | int | None = None, capacity: int | None = None) -> Planes:
+def pack(
+    new: Tensor,
+    spec: str,
+    start: Tensor | int | None = None,
+    capacity: int | None = None,
+    query: Tensor | None = None,
+) -> Planes:
     """Start a packed cache with tokens of a dense one.
 
     Args:
@@ -21,6 +27,8 @@ def pack(new: Tensor, spec: str, start: Tensor | int | None = None, capacity: in
         start: position of the first of them, a number, or int64 [1 or more] of which the first counts; those before it
             are zeros. None for 0.
         capacity: tokens that the cache can hold where it is preallocated; None where it grows.
+        query: what attends to these keys, [batch, query_heads, n, head_dim], by which their channels are balanced (see
+            `tqc.format.balance`); None to leave them as they are.
 
     Returns:
         A cache of `capacity` tokens, or of n and those before `start`.
@@ -29,7 +37,9 @@ def pack(new: Tensor, spec: str, start: Tensor | int | None = None, capacity: in
         ValueError: if `spec` is malformed or of another version, or if a cache that grows has a tensor for `start`.
     """
     cache = _empty(new, spec, start, capacity)
-    planes.append(*cache.parts, new, None if start is None else planes.position(start, new.device), spec)
+    where = None if start is None else planes.position(start, new.device)
+    planes.balance(cache.dense, 0, new, query, cache.fmt)
+    planes.append(*cache.parts, new, where, spec)
     return cache
 
 
@@ -47,15 +57,23 @@ def _tokens(new: Tensor, start: Tensor | int | None, capacity: int | None) -> in
 
 
 @pack.register_fake
-def _(new: Tensor, spec: str, start: Tensor | int | None, capacity: int | None) -> PackedValue:
-    tokens = _tokens(new, start, capacity)
-    return PackedValue(PackedFormat.parse(spec), new.shape[0], new.shape[1], tokens, new.dtype, new.device)
+def _(new: Tensor, spec: str, start: Tensor | int | None, capacity: int | None, query: Tensor | None) -> PackedValue:
+    fmt = PackedFormat.parse(spec)
+    tokens = fmt.held_tokens(_tokens(new, start, capacity))
+    return PackedValue(fmt, new.shape[0], new.shape[1], tokens, new.dtype, new.device)
 
 
 @pack.register_traceable
-def _(new: Tensor, spec: str, start: Tensor | int | None = None, capacity: int | None = None) -> Planes:
+def _(
+    new: Tensor,
+    spec: str,
+    start: Tensor | int | None = None,
+    capacity: int | None = None,
+    query: Tensor | None = None,
+) -> Planes:
     """A tensor `start` must hold 0."""
     cache = _empty(new, spec, start, capacity)
+    planes.balance(cache.dense, 0, new, query, cache.fmt)
     if start is not None and not isinstance(start, Tensor):
         new = torch.nn.functional.pad(new, (0, 0, start, 0))
     return traceable.append(cache, new)

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format.balance import channel_balance
 from tqc.format.quantizer import (
     decode_levels,
     decode_pages,
     decoded,
     encode_pages,
-    head_centre,
+    head_rows,
     token_scales,
     unfold,
+    unrotate,
     without_autocast,
 )
 
@@ -34,15 +36,16 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
 
     Args:
         pages: uint8 [batch, heads, num_pages, page_bytes], with room for every token that will be packed.
-        dense: [batch, heads, 1 + sink_tokens + residual_window, head_dim].
-        state: int64 [2], (length, packed).
+        dense: [batch, heads, rows, head_dim], `PackedFormat.dense_rows` of them, or fewer where nothing will be packed:
+            as many as there will be tokens, or more. The heads' balance is there already; it is not chosen here.
+        state: int64 [3]: how many tokens came, how many of them are packed, the first that is held.
         new: [batch, heads, n, head_dim], in dense's dtype; rotated if the format is folded.
         start: position of the first new token, int64 [1 or more] of which the first counts, or None for `length`.
             A smaller one than `length` drops the stored tokens from there on; a larger one fills the gap with zeros.
         spec: `str` of the `PackedFormat`.
     """
     fmt = PackedFormat.parse(spec)
-    length, packed = state.tolist()
+    length, packed, begin = state.tolist()
     if start is not None:
         first = int(start.flatten()[0])
         if first < length:
@@ -52,12 +55,12 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
             new = torch.cat([gap, new], dim=2)
     count = new.shape[2]
     end = length + count
-    packed_after = fmt.packed_tokens(end, packed)
+    packed_after, begin = fmt.packed_tokens(end, packed), fmt.first_held(end, begin)
     sink_tokens = fmt.sink_tokens
-    ring = dense[:, :, 1 + sink_tokens :]
+    ring = dense[:, :, sink_tokens : fmt.token_rows]
 
     taken = max(0, min(sink_tokens - length, count))
-    dense[:, :, 1 + length : 1 + length + taken] = new[:, :, :taken]
+    dense[:, :, length : length + taken] = new[:, :, :taken]
     # Packed indices of the new tokens: from `first` on. Those below `first` and not yet packed are in the ring.
     first = length + taken - sink_tokens
     rest = new[:, :, taken:]
@@ -65,13 +68,32 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
         old = torch.arange(packed, min(first, packed_after), device=new.device) % fmt.residual_window
         run = torch.cat([ring[:, :, old], rest[:, :, : max(0, packed_after - first)]], dim=2)
         if packed == 0:
-            dense[:, :, 0] = head_centre(run[:, :, :PAGE_TOKENS], fmt)
-        encoded = encode_pages(run, dense[:, :, 0], fmt)
-        pages[:, :, packed // PAGE_TOKENS : packed_after // PAGE_TOKENS] = encoded
+            fmt.head(dense)[:] = head_rows(run[:, :, :PAGE_TOKENS], fmt, fmt.head(dense)[:, :, 1:])
+        # Pages whose tokens are all dropped are not stored.
+        page = min(max(packed, begin - sink_tokens), packed_after) // PAGE_TOKENS
+        slots = torch.arange(page, packed_after // PAGE_TOKENS, device=new.device) % max(1, pages.shape[2])
+        pages[:, :, slots] = encode_pages(run[:, :, page * PAGE_TOKENS - packed :], fmt.head(dense), fmt)
     kept = rest[:, :, max(0, packed_after - first) :]
     slots = torch.arange(max(first, packed_after), max(first, packed_after) + kept.shape[2], device=new.device)
     ring[:, :, slots % fmt.residual_window] = kept
-    state.copy_(torch.tensor([end, packed_after]))
+    state.copy_(torch.tensor([end, packed_after, begin]))
+
+
+def balance(dense: Tensor, stored: int, new: Tensor, query: Tensor | None, fmt: PackedFormat) -> None:
+    """Choose the balance of each head of keys (see `tqc.format.balance`), in a cache of which nothing is packed yet.
+
+    Nothing happens as long as nothing can be packed, or where there are fewer tokens than a page holds.
+
+    Args:
+        dense: of the cache, with room for `new`.
+        stored: how many tokens there are in it.
+        new: the next ones.
+        query: as in `tqc.ops.pack`.
+    """
+    enough = stored + new.shape[2] >= PAGE_TOKENS and dense.shape[2] == fmt.dense_rows
+    if query is not None and fmt.centred and enough:
+        keys = torch.cat([dense[:, :, :stored], new], dim=2)
+        fmt.head(dense)[:, :, 1] = channel_balance(keys, query)
 
 
 def rewind(pages: Tensor, dense: Tensor, packed: int, length: int, fmt: PackedFormat) -> int:
@@ -84,15 +106,15 @@ def rewind(pages: Tensor, dense: Tensor, packed: int, length: int, fmt: PackedFo
         return packed
     packed = kept // PAGE_TOKENS * PAGE_TOKENS
     if kept > packed:
-        page = packed // PAGE_TOKENS
-        y = decode_pages(pages[:, :, page : page + 1], dense[:, :, 0], fmt)
-        slot = 1 + fmt.sink_tokens + packed % fmt.residual_window
-        dense[:, :, slot : slot + PAGE_TOKENS] = decoded(y, fmt).to(dense.dtype)
+        slot = packed // PAGE_TOKENS % pages.shape[2]
+        y = decode_pages(pages[:, :, slot : slot + 1], fmt.head(dense), fmt)
+        row = fmt.sink_tokens + packed % fmt.residual_window
+        dense[:, :, row : row + PAGE_TOKENS] = decoded(y, fmt.head(dense), fmt).to(dense.dtype)
     return packed
 
 
 def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
-    """The first `length` stored tokens, decoded: [batch, heads, length, head_dim] in dense's dtype.
+    """The first `length` tokens that are held, decoded: [batch, heads, length, head_dim] in dense's dtype.
 
     Positions behind the last stored token are zeros. Values of a folded format are rotated back.
     """
@@ -101,19 +123,35 @@ def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) ->
 
 
 def held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFormat) -> Tensor:
-    """The first `length` stored tokens in the basis in which they came."""
-    stored, packed = state.tolist()
-    stored = min(stored, length)
+    """The first `length` tokens that are held, in the basis in which they came."""
+    stored, _, begin = state.tolist()
+    stored, sink_tokens = min(stored, begin + length), fmt.sink_tokens
     out = dense.new_zeros(*dense.shape[:2], length, fmt.head_dim)
-    out[:, :, : min(stored, fmt.sink_tokens)] = dense[:, :, 1 : 1 + min(stored, fmt.sink_tokens)]
-    tokens = max(0, stored - fmt.sink_tokens)
-    if (coded := min(tokens, packed)) > 0:
-        y = decode_pages(pages[:, :, : -(-coded // PAGE_TOKENS)], dense[:, :, 0], fmt)
-        out[:, :, fmt.sink_tokens : fmt.sink_tokens + coded] = decoded(y[:, :, :coded], fmt).to(dense.dtype)
-    if tokens > packed:
-        slots = torch.arange(packed, tokens, device=dense.device) % fmt.residual_window
-        out[:, :, fmt.sink_tokens + packed : stored] = dense[:, :, 1 + fmt.sink_tokens :][:, :, slots]
+    if begin < sink_tokens:
+        out[:, :, : max(0, min(stored, sink_tokens) - begin)] = dense[:, :, begin : min(stored, sink_tokens)]
+    coded, first, count = packed_pages(pages, state, stored, fmt)
+    if count:
+        head = fmt.head(dense)
+        x = decoded(decode_pages(coded, head, fmt), head, fmt)[:, :, first % PAGE_TOKENS :][:, :, :count]
+        column = sink_tokens + first - begin
+        out[:, :, column : column + count] = x.to(dense.dtype)
+    recent = max(first + count, begin - sink_tokens)
+    if recent < stored - sink_tokens:
+        slots = torch.arange(recent, stored - sink_tokens, device=dense.device) % fmt.residual_window
+        out[:, :, sink_tokens + recent - begin : stored - begin] = dense[:, :, sink_tokens + slots]
     return out
+
+
+def packed_pages(pages: Tensor, state: Tensor, end: int, fmt: PackedFormat) -> tuple[Tensor, int, int]:
+    """The pages of the packed tokens before position `end` that are held, in order; the packed index of the first such
+    token, and how many there are."""
+    _, packed, begin = state.tolist()
+    first = max(0, begin - fmt.sink_tokens)
+    last = max(first, min(end - fmt.sink_tokens, packed))
+    if first == last:
+        return pages[:, :, :0], min(first, packed), 0
+    slots = torch.arange(first // PAGE_TOKENS, -(-last // PAGE_TOKENS), device=pages.device) % pages.shape[2]
+    return pages[:, :, slots], first, last - first
 
 
 @without_autocast
@@ -143,8 +181,8 @@ def attend(
         key, value: the new tokens, [batch, heads, m, head_dim], or None. Where the values' format is folded, `value`
             comes rotated, and so does the output go.
         attn_mask: bool (True: attend) or float (added to the scores), broadcastable to
-            [batch, query_heads, n, columns]; columns beyond stored and new tokens stand for keys and values of zeros,
-            as a preallocated dense cache holds them.
+            [batch, query_heads, n, columns]; column 0 is the first token that is held; columns beyond stored and new
+            tokens stand for keys and values of zeros, as a preallocated dense cache holds them.
         sinks: one logit per query head that joins each softmax with a value of zero, [query_heads] (gpt-oss).
         start: as in `append`: stored tokens from there on are ignored, and a gap counts as zeros.
         scale: factor of the scores. The score of a packed token is corrected for its coding error (`correction`).
@@ -170,8 +208,10 @@ def attend(
         agree, length = min(length, first) == min(v_length, first), first
     else:
         agree = length == v_length
-    if not agree:
+    if not agree or int(k_state[2]) != int(v_state[2]):
         raise ValueError(f"k_state and v_state must agree: {int(k_state[0])} keys are stored and {v_length} values")
+    begin = int(k_state[2])
+    length -= begin
     keys = held(k_pages, k_dense, k_state, length, PackedFormat.parse(k_spec)).float()
     values = held(v_pages, v_dense, v_state, length, PackedFormat.parse(v_spec)).float()
     if key is not None and value is not None:
@@ -188,9 +228,11 @@ def attend(
     grouped = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
     scores = (grouped @ keys.transpose(-1, -2)).unflatten(2, (-1, rows)).flatten(1, 2) * scale
     k_fmt = PackedFormat.parse(k_spec)
-    if (coded := min(int(k_state[1]), min(int(k_state[0]), length) - k_fmt.sink_tokens)) > 0:
-        packed = slice(k_fmt.sink_tokens, k_fmt.sink_tokens + coded)
-        scores[..., packed] += correction(query, k_pages[:, :, : -(-coded // PAGE_TOKENS)], scale, k_fmt)[..., :coded]
+    coded, first, count = packed_pages(k_pages, k_state, min(int(k_state[0]), begin + length), k_fmt)
+    if count:
+        added = correction(query, coded, k_fmt.head(k_dense), scale, k_fmt)[..., first % PAGE_TOKENS :][..., :count]
+        column = k_fmt.sink_tokens + first - begin
+        scores[..., column : column + count] += added
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None:
@@ -213,10 +255,10 @@ def attend(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-def correction(query: Tensor, pages: Tensor, scale: float, fmt: PackedFormat) -> Tensor:
+def correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: PackedFormat) -> Tensor:
     """What attention adds to the scores of packed tokens for their coding error.
 
-    By its codes a token of scale s has the score s p, p = (scale q) . level. What of p exceeds |scale q| is stretched
+    By its codes a token of scale s has the score s p, p = (scale q) . level, q being multiplied by the head's balance. What of p exceeds |scale q| is stretched
     by D, the error of a coordinate of unit variance: max(0, D s (p - |scale q|)) is added.
 
     Why: the codes shrink the true s p by 1 - D and add noise of variance (1 - D) v, v = D s^2 |scale q|^2. If keys
@@ -230,17 +272,19 @@ def correction(query: Tensor, pages: Tensor, scale: float, fmt: PackedFormat) ->
     Args:
         query: [batch, query_heads, rows, head_dim].
         pages: uint8 [batch, heads, n, page_bytes] of the keys.
+        head: their rows with centre and balance, [batch, heads, 2, head_dim].
 
     Returns:
         float32 [batch, query_heads, rows, n * 32].
     """
-    query = query.float() * scale
-    levels = decoded(decode_levels(pages, fmt).flatten(2, 3), fmt)
-    grouped = query.unflatten(1, (pages.shape[1], -1)).flatten(2, 3)
-    products = (grouped @ levels.transpose(-1, -2)).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
-    above = (products - query.square().sum(-1, keepdim=True).sqrt()).clamp_min(0.0)
-    scales = token_scales(pages, fmt).flatten(2).repeat_interleave(query.shape[1] // pages.shape[1], 1)
-    return fmt.score_stretch * above * scales.unsqueeze(2)
+    rows = query.shape[2]
+    grouped = query.float().unflatten(1, (pages.shape[1], -1)).flatten(2, 3) * scale
+    if fmt.centred:
+        grouped = grouped * head[:, :, 1:].float()
+    levels = unrotate(decode_levels(pages, fmt).flatten(2, 3), fmt)
+    above = (grouped @ levels.transpose(-1, -2) - grouped.square().sum(-1, keepdim=True).sqrt()).clamp_min(0.0)
+    added = fmt.score_stretch * above * token_scales(pages, fmt).flatten(2).unsqueeze(2)
+    return added.unflatten(2, (-1, rows)).flatten(1, 2)
 
 
 def position(positions: Tensor | int, device: torch.device) -> Tensor:

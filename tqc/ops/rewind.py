@@ -30,8 +30,9 @@ def rewind(cache: Planes, length: int) -> Planes:
     if not 0 <= length <= cache.length:
         raise ValueError(f"length must be between 0 and {cache.length}, the tokens of the cache; got {length}")
     shorter = replace(cache.copy(), length=length)
-    packed = planes.rewind(shorter.pages, shorter.dense, int(cache.state[1]), length, cache.fmt)
-    shorter.state.copy_(torch.tensor([length, packed]))
+    begin = int(cache.state[2])
+    packed = planes.rewind(shorter.pages, shorter.dense, int(cache.state[1]), begin + length, cache.fmt)
+    shorter.state.copy_(torch.tensor([begin + length, packed, begin]))
     return shorter
 
 
@@ -42,4 +43,4 @@ def _(cache: PackedValue, length: int) -> PackedValue:
 
 @rewind.register_traceable
 def _(cache: Planes, length: int) -> Planes:
-    return replace(traceable.rewind(cache, planes.position(length, cache.dense.device)), length=length)
+    return replace(traceable.rewind(cache, cache.state[2:] + length), length=length)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS
-from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre, unfold
+from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_rows, unfold
 from tqc.ops.planes import correction, position
 from tqc.ops.value import Planes
 
@@ -24,37 +24,46 @@ def append(cache: Planes, new: Tensor, start: Tensor | None = None) -> Planes:
         cache = rewind(cache, torch.minimum(start.flatten()[0], cache.state[0]))
     if not count:
         return cache
-    length, packed = cache.state[0], cache.state[1]
+    length, packed, begin = cache.state[0], cache.state[1], cache.state[2]
     sink_tokens, window = fmt.sink_tokens, fmt.residual_window
     end = length + count
     packed_after = torch.maximum(packed, _packed_tokens(cache, end))
-    sink_rows, ring = cache.dense[:, :, 1 : 1 + sink_tokens], cache.dense[:, :, 1 + sink_tokens :]
+    if fmt.keep is not None:
+        begin = torch.maximum(begin, end - fmt.keep)
+    sink_rows, ring, head = cache.dense.tensor_split((sink_tokens, fmt.token_rows), dim=2)
     # Index among the new tokens of each row's, where it is one of them.
-    at = torch.arange(sink_tokens, device=new.device) - length
+    at = torch.arange(sink_rows.shape[2], device=new.device) - length
     sink_rows = torch.where(_rows((at >= 0) & (at < count)), _take(new, at), sink_rows)
 
     first = torch.clamp(length - sink_tokens, min=0)  # packed index of the first new token that is no sink
     skipped = first - (length - sink_tokens)
-    pages, centre = cache.pages, cache.dense[:, :, :1]
-    # At most so many pages are completed by this call.
-    fresh = min(-(-count // PAGE_TOKENS), pages.shape[2])
-    if fresh:
-        u = packed + torch.arange(fresh * PAGE_TOKENS, device=new.device)
-        run = torch.where(_rows(u < first), _take(ring, u % window), _take(new, u - first + skipped))
-        starts = (packed == 0) & (packed_after > 0)
-        centre = torch.where(starts, head_centre(run[:, :, :PAGE_TOKENS], fmt).unsqueeze(2), centre)
-        encoded = encode_pages(run, centre[:, :, 0], fmt)
-        page = torch.arange(pages.shape[2], device=new.device)
-        chosen = (page >= packed // PAGE_TOKENS) & (page < packed_after // PAGE_TOKENS)
-        pages = torch.where(_rows(chosen), _take(encoded, page - packed // PAGE_TOKENS), pages)
+    pages, num_pages = cache.pages, cache.pages.shape[2]
+
+    def tokens(u: Tensor) -> Tensor:
+        return torch.where(_rows(u < first), _take(ring, u % window), _take(new, u - first + skipped))
+
+    if num_pages:
+        if fmt.centred:
+            opening = head_rows(tokens(torch.arange(PAGE_TOKENS, device=new.device)), fmt, head[:, :, 1:])
+            head = torch.where((packed == 0) & (packed_after > 0), opening, head)
+        # At most so many pages are completed by this call and kept.
+        fresh = min(-(-count // PAGE_TOKENS), num_pages)
+        page = torch.maximum(packed, packed_after - fresh * PAGE_TOKENS) // PAGE_TOKENS
+        encoded = encode_pages(
+            tokens(page * PAGE_TOKENS + torch.arange(fresh * PAGE_TOKENS, device=new.device)), head, fmt
+        )
+        # The newest page of each slot.
+        last = packed_after // PAGE_TOKENS - 1
+        in_slot = last - (last - torch.arange(num_pages, device=new.device)) % num_pages
+        pages = torch.where(_rows(in_slot >= page), _take(encoded, in_slot - page), pages)
     # The newest token of each slot of the ring.
-    slot = torch.arange(window, device=new.device)
+    slot = torch.arange(ring.shape[2], device=new.device)
     last = end - sink_tokens - 1
     u = last - (last - slot) % window
     kept = _rows(u >= torch.maximum(first, packed_after))
     ring = torch.where(kept, _take(new, u - first + skipped), ring)
-    state = torch.stack([end, packed_after])
-    return replace(cache, pages=pages, dense=torch.cat([centre, sink_rows, ring], dim=2), state=state)
+    state = torch.stack([end, packed_after, begin])
+    return replace(cache, pages=pages, dense=torch.cat([sink_rows, ring, head], dim=2), state=state)
 
 
 def rewind(cache: Planes, length: Tensor) -> Planes:
@@ -65,27 +74,27 @@ def rewind(cache: Planes, length: Tensor) -> Planes:
     whole = kept // PAGE_TOKENS * PAGE_TOKENS
     back = kept < packed
     dense = cache.dense
-    if cache.pages.shape[2]:
-        page = _take(cache.pages, (whole // PAGE_TOKENS).reshape(1))
-        tokens = decoded(decode_pages(page, dense[:, :, 0], fmt), fmt).to(dense.dtype)
-        row = torch.arange(fmt.dense_rows, device=dense.device) - (1 + fmt.sink_tokens + whole % fmt.residual_window)
+    if num_pages := cache.pages.shape[2]:
+        page, head = _take(cache.pages, (whole // PAGE_TOKENS % num_pages).reshape(1)), fmt.head(dense)
+        tokens = decoded(decode_pages(page, head, fmt), head, fmt).to(dense.dtype)
+        row = torch.arange(fmt.dense_rows, device=dense.device) - (fmt.sink_tokens + whole % fmt.residual_window)
         reopened = back & (kept > whole) & (row >= 0) & (row < PAGE_TOKENS)
         dense = torch.where(_rows(reopened), _take(tokens, row), dense)
-    return replace(cache, dense=dense, state=torch.stack([length, torch.where(back, whole, packed)]))
+    return replace(cache, dense=dense, state=torch.stack([length, torch.where(back, whole, packed), cache.state[2]]))
 
 
 def held(cache: Planes, columns: int) -> Tensor:
-    """Tokens at positions 0 to `columns` - 1 in the basis in which they came, zeros behind the stored ones."""
+    """The first `columns` tokens that are held, in the basis in which they came; zeros behind the stored ones."""
     fmt, dense = cache.fmt, cache.dense
-    stored, packed = cache.state[0], cache.state[1]
-    t = torch.arange(columns, device=dense.device)
+    stored, packed, begin = cache.state[0], cache.state[1], cache.state[2]
+    t = begin + torch.arange(columns, device=dense.device)
     u = t - fmt.sink_tokens
-    row = torch.where(u < 0, 1 + t, 1 + fmt.sink_tokens + u % fmt.residual_window)
-    out = _take(dense, row)
-    if cache.pages.shape[2]:
-        y = decode_pages(cache.pages, dense[:, :, 0], fmt)
-        out = torch.where(_rows((u >= 0) & (u < packed)), _take(decoded(y, fmt).to(dense.dtype), u), out)
-    return torch.where(_rows(t < torch.clamp(stored, max=cache.length)), out, torch.zeros_like(out))
+    out = _take(dense, torch.where(u < 0, t, fmt.sink_tokens + u % fmt.residual_window))
+    if num_pages := cache.pages.shape[2]:
+        head = fmt.head(dense)
+        x = decoded(decode_pages(cache.pages, head, fmt), head, fmt).to(dense.dtype)
+        out = torch.where(_rows((u >= 0) & (u < packed)), _take(x, u % (num_pages * PAGE_TOKENS)), out)
+    return torch.where(_rows(t < torch.minimum(stored, begin + cache.length)), out, torch.zeros_like(out))
 
 
 def read(cache: Planes) -> Tensor:
@@ -113,7 +122,7 @@ def attend(
     if positions is not None and new:
         first = position(positions, query.device).flatten()[0]
     else:
-        first = torch.clamp(keys.state[0], max=keys.length)
+        first = torch.clamp(keys.state[0] - keys.state[2], max=keys.length)
         columns += new
     end = first + new
     if attn_mask is not None:
@@ -129,10 +138,10 @@ def attend(
     grouped = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
     scores = (grouped @ k.transpose(-1, -2)).unflatten(2, (-1, rows)).flatten(1, 2) * scale
     if keys.pages.shape[2]:
-        u = t - fmt.sink_tokens
+        u = keys.state[2] + t - fmt.sink_tokens
         coded = (u >= 0) & (u < keys.state[1]) & (t < first)
-        added = correction(query, keys.pages, scale, fmt)
-        added = added.index_select(3, torch.clamp(u, 0, added.shape[3] - 1))
+        added = correction(query, keys.pages, fmt.head(keys.dense), scale, fmt)
+        added = added.index_select(3, u % added.shape[3])
         scores = scores + torch.where(coded, added, 0.0)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -157,11 +166,11 @@ def attend(
 
 def _capacity(cache: Planes) -> int:
     """How many tokens the cache can hold."""
-    return min(cache.fmt.sink_tokens + cache.pages.shape[2] * PAGE_TOKENS + cache.fmt.residual_window, cache.length)
+    return min(cache.fmt.token_rows + cache.pages.shape[2] * PAGE_TOKENS, cache.length)
 
 
 def _packed_tokens(cache: Planes, length: Tensor) -> Tensor:
-    over = length - cache.fmt.sink_tokens - cache.fmt.residual_window
+    over = length - cache.fmt.token_rows
     return torch.clamp((over + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS, min=0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PackedFormat
 from tqc.torch_private import EXAMPLE_VALUE
 
 
@@ -49,7 +49,7 @@ class PackedValue:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def longer(self, by: Any) -> PackedValue:
-        return replace(self, length=self.length + by)
+        return replace(self, length=self.fmt.held_tokens(self.length + by))
 
     def __str__(self) -> str:
         return f"packed{list(self.shape)} {str(self.dtype).removeprefix('torch.')} {self.device} {self.fmt}"
@@ -65,10 +65,10 @@ class Planes:
 
     Attributes:
         pages: uint8 [batch, heads, num_pages, page_bytes].
-        dense: [batch, heads, 1 + sink_tokens + residual_window, head_dim].
-        state: int64 [2], (tokens stored, of which packed).
+        dense: [batch, heads, rows, head_dim].
+        state: int64 [3], (tokens that came, of which packed, the first that is held).
         fmt: how they are packed.
-        length: how many tokens the cache has, or can have where it is preallocated. Fewer than are stored: a prefix.
+        length: how many tokens the cache holds, or can hold where it is preallocated. Fewer than it does: a prefix.
     """
 
     pages: Tensor
@@ -82,18 +82,27 @@ class Planes:
         return self.pages, self.dense, self.state
 
     def copy(self, tokens: int = 0) -> Planes:
-        """Memory of its own, with pages for `tokens` tokens in all."""
-        missing = self.fmt.packed_tokens(tokens) // PAGE_TOKENS - self.pages.shape[2]
+        """Memory of its own, with room for `tokens` tokens in all, dropped ones included."""
+        missing = self.fmt.pages_for(tokens) - self.pages.shape[2]
         pages = torch.nn.functional.pad(self.pages, (0, 0, 0, max(0, missing)))
-        return replace(self, pages=pages.clone(), dense=self.dense.clone(), state=self.state.clone())
+        batch, heads, rows, _ = self.dense.shape
+        wanted = max(rows, self.fmt.rows_for(tokens))
+        dense = self.fmt.empty_dense(batch, heads, wanted, self.dense.dtype, self.dense.device)
+        dense[:, :, :rows] = self.dense
+        return replace(self, pages=pages.clone(), dense=dense, state=self.state.clone())
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return int(self.state[2]) + self.length
 
     @staticmethod
     def empty(batch: int, heads: int, fmt: PackedFormat, dtype: torch.dtype, device: Any, tokens: int) -> Planes:
         """No tokens, and pages for `tokens` of them."""
-        num_pages = fmt.packed_tokens(tokens) // PAGE_TOKENS
-        pages = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=device)
-        dense = torch.zeros(batch, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype, device=device)
-        return Planes(pages, dense, torch.zeros(2, dtype=torch.int64, device=device), fmt, tokens)
+        pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.page_bytes, dtype=torch.uint8, device=device)
+        dense = fmt.empty_dense(batch, heads, fmt.rows_for(tokens), dtype, device)
+        state = torch.zeros(3, dtype=torch.int64, device=device)
+        return Planes(pages, dense, state, fmt, fmt.held_tokens(tokens))
 
 
 def example(node: Any) -> Any:
