@@ -176,8 +176,8 @@ def test_a_wrong_digit_is_not_found():
     [
         (Words(), TEXT, 900, 0, "numbers must be 1 to 32, or 0 for none; got 0"),
         (Words(), TEXT, 900, 33, "numbers must be 1 to 32, or 0 for none; got 33"),
-        (Words(), TEXT, 100, 4, r"4 numbers need \d{3} tokens of text; got 100"),
-        (Words(), "too short", 900, 4, "text has 2 tokens, fewer than the 64 to hide 4 in"),
+        (Words(), TEXT, 100, 4, r"numbers=4 needs at least \d{3} tokens; got tokens=100"),
+        (Words(), "too short", 900, 4, "text has 2 tokens; numbers=4 needs at least 64"),
         (
             Words(pattern=r"[a-z]+|\d+(?=x)"),
             TEXT,

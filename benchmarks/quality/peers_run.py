@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tqc.evaluate.evaluation import PEER, evaluate
 from tqc.evaluate.plot import plot
-from tqc.models import load
+from tqc.models import EMBEDDED_NAME, load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,6 +39,7 @@ def main() -> None:
         begin = time.monotonic()
         with Console(stderr=True).status("starting") as status:
             part = evaluate(model, tokenizer, settings, tokens=arguments.tokens, peers=peers, on_step=status.update)
+        part.model = EMBEDDED_NAME
         if found is None:
             found = part
         else:

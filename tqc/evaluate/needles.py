@@ -110,11 +110,12 @@ def hide_numbers(
 
     room = tokens - len(encode("", names[0], numbers[0]))
     if room < LEAST_TOKENS * count:
-        raise ValueError(f"{count} numbers need {tokens - room + LEAST_TOKENS * count} tokens of text; got {tokens}")
+        least = tokens - room + LEAST_TOKENS * count
+        raise ValueError(f"numbers={count} needs at least {least} tokens; got tokens={tokens}")
     # A token is seldom more than 16 characters; encoding all of a long text would take longer than the rest.
     filler_ids = list(tokenizer(text[: 16 * room], add_special_tokens=False).input_ids)[:room]
     if len(filler_ids) < LEAST_TOKENS * count:
-        raise ValueError(f"text has {len(filler_ids)} tokens, fewer than the {LEAST_TOKENS * count} to hide {count} in")
+        raise ValueError(f"text has {len(filler_ids)} tokens; numbers={count} needs at least {LEAST_TOKENS * count}")
     filler = tokenizer.decode(filler_ids)
 
     prompts = [encode(filler, name, number) for name, number in zip(names, numbers, strict=True)]
