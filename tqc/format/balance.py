@@ -77,7 +77,7 @@ def _spread(x: Tensor, count: int) -> Tensor:
 
 
 def _usable(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, float32, zeros where they are ignored, over the largest number of their head; which are not; that number."""
+    """Float32 rows over the largest number of their head, zeros where ignored; which are not; that number."""
     x = x.float()
     good = x.isfinite().all(-1, keepdim=True) & (x != 0).any(-1, keepdim=True)
     x = x.masked_fill(~good, 0.0)
