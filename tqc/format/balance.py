@@ -63,7 +63,7 @@ def balance(keys: Tensor, query: Tensor, scale: float | None = None) -> Tensor:
     weights = scores.softmax(-1)
     pairs = query_good.float() * key_good.float().transpose(-1, -2)
     sharp = weights * (1 - weights) * pairs
-    mass = sum(x / x.sum((2, 3), keepdim=True).clamp_min(TINY) for x in (sharp, pairs))
+    mass = _share(sharp) + _share(pairs)
     key_square, key_variance = _moments(k, mass.sum(2), LEAST_OF_KEYS)
     query_square, query_variance = _moments(q, mass.sum(3), LEAST_OF_QUERIES)
     log_s = (key_square / query_square).log() / 4
@@ -74,6 +74,10 @@ def balance(keys: Tensor, query: Tensor, scale: float | None = None) -> Tensor:
 
 def _spread(x: Tensor, count: int) -> Tensor:
     return x[:, :, :: max(1, x.shape[2] // count)]
+
+
+def _share(x: Tensor) -> Tensor:
+    return x / x.sum((2, 3), keepdim=True).clamp_min(TINY)
 
 
 def _usable(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
