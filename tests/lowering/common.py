@@ -19,11 +19,13 @@ drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 
 def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
-    """No tokens: NaNs and set bits, since what was not written must not be read."""
+    """No tokens: NaNs and set bits, since what was not written must not be read. The balance is drawn."""
+    num_pages = -(-capacity // 32) if fmt.ring_pages is None else fmt.ring_pages
     dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device)
-    fmt.head(dense)[:, :, 1:] = 1
+    drawn = torch.randn(batch, heads, 1, fmt.head_dim, generator=torch.Generator().manual_seed(0)).mul(0.5).exp()
+    fmt.head(dense)[:, :, 1:] = drawn.to(device, dtype)
     return [
-        torch.full((batch, heads, -(-capacity // 32), fmt.page_bytes), 255, dtype=torch.uint8, device=device),
+        torch.full((batch, heads, num_pages, fmt.page_bytes), 255, dtype=torch.uint8, device=device),
         dense,
         torch.zeros(3, dtype=torch.int64, device=device),
     ]
@@ -120,9 +122,11 @@ def draw_arguments(data, k_fmt, v_fmt, length, rows, device="cpu", *, batch, hea
     """Of `attend`: everything that formats and sizes leave open."""
     dtype = data.draw(st.sampled_from(DTYPES))
     new = data.draw(st.sampled_from([-1, 0, rows, rows, rows, 2 * rows + 1]))
-    start = data.draw(st.sampled_from([None, None, length, max(0, length - 50), length // 2, length + 11]))
+    begin = k_fmt.first_held(length)
+    back = [max(begin, position) for position in (length - 50, length // 2)]
+    start = data.draw(st.sampled_from([None, None, length, *back, length + 11]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    columns = (length if start is None else start) + max(new, 0)
+    columns = (length if start is None else start) - begin + max(new, 0)
     mask = draw_mask(data, batch, heads * group, rows, columns, generator)
     sinks = torch.randn(heads * group, generator=generator).to(device, dtype)
     return arguments(
