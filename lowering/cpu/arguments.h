@@ -125,6 +125,22 @@ struct Packed {
   PyObject* spec;
 };
 
+// Before nothing was packed `dense` may have fewer rows; where tokens are dropped pages take slots in turns.
+inline void expect_room(const Store& s, const State& state) {
+  const Format& f = *s.f;
+  const int64_t pages = state.packed / PAGE, tokens = state.length;
+  if (s.dense_rows < f.dense_rows() && (pages || tokens > s.dense_rows)) {
+    PyErr_Format(PyExc_ValueError, "dense is too small: it has %lld rows, %lld tokens take %lld", (long long)s.dense_rows,
+                 (long long)tokens, pages ? (long long)f.dense_rows() : (long long)tokens);
+    throw Failure{};
+  }
+  const int64_t slots = f.keep == KEEP_ALL ? pages : std::min(pages, f.slots());
+  if (slots <= s.page_count) return;
+  PyErr_Format(PyExc_ValueError, "pages are full: there are %lld, %lld tokens take %lld", (long long)s.page_count,
+               (long long)tokens, (long long)slots);
+  throw Failure{};
+}
+
 template <class T>
 Store store_of(const Packed<T>& p, Array& dense) {
   Array pages, state;
@@ -134,28 +150,33 @@ Store store_of(const Packed<T>& p, Array& dense) {
   state.get(p.state, 1, "state");
   if (!pages.is(kDLUInt, 8) || pages.size(3) != f->page_bytes || (pages.t.strides[3] != 1 && pages.size(2)))
     fail(PyExc_ValueError, "pages do not fit the spec");
-  if (dense.size(3) != f->dim || dense.size(2) != 1 + f->sink_tokens + f->window || dense.t.strides[3] != 1)
+  if (dense.size(3) != f->dim || dense.size(2) > f->dense_rows() || dense.t.strides[3] != 1)
     fail(PyExc_ValueError, "dense does not fit the spec");
   if (pages.size(0) != dense.size(0) || pages.size(1) != dense.size(1))
     fail(PyExc_ValueError, "pages and dense differ in batch or heads");
-  if (!state.is(kDLInt, 64) || state.size(0) != 2 || state.t.strides[0] != 1)
-    fail(PyExc_ValueError, "state must be int64 [2]");
-  return {f,
+  if (!state.is(kDLInt, 64) || state.size(0) != 3 || state.t.strides[0] != 1)
+    fail(PyExc_ValueError, "state must be int64 [3]");
+  Store s{f,
           (uint8_t*)pages.data(), pages.stride(0), pages.stride(1), pages.stride(2), pages.size(2),
-          dense.data(), dense.stride(0), dense.stride(1), dense.stride(2),
-          dense.dtype("dense"), (int64_t*)state.data()};
+          dense.data(), dense.stride(0), dense.stride(1), dense.stride(2), dense.size(2),
+          dense.dtype("dense"), (State*)state.data()};
+  expect_room(s, *s.state);
+  return s;
 }
 
 // The first element of `start`, or -1 if there is none.
 template <class T>
-int64_t start_of(T o) {
+int64_t start_of(T o, int64_t begin) {
   if (absent(o)) return -1;
   Array start;
   start.get(o, -1, "start");
   if (!start.is(kDLInt, 64)) fail(PyExc_TypeError, "start must be int64");
   int64_t first = *(int64_t*)start.data();
-  if (first < 0) fail(PyExc_ValueError, "start must not be negative");
-  return first;
+  if (first >= begin) return first;
+  if (begin == 0) fail(PyExc_ValueError, "start must not be negative");
+  PyErr_Format(PyExc_ValueError, "start must not lie before token %lld, the first that is held, got %lld", (long long)begin,
+               (long long)first);
+  throw Failure{};
 }
 
 template <class T>
@@ -171,8 +192,8 @@ void append_op(const Packed<T>& to, T new_tokens, T start) {
     fail(PyExc_ValueError, "new does not fit the stored shape");
   if (news.dtype("new") != a.store.dtype) fail(PyExc_TypeError, "new and dense differ in dtype");
   a.news = {news.data(), news.stride(0), news.stride(1), news.stride(2), a.store.dtype};
-  a.start = start_of(start);
-  if (pages_needed(a) > a.store.page_count) fail(PyExc_ValueError, "pages are full");
+  a.start = start_of(start, a.store.state->begin);
+  expect_room(a.store, state_after(a));
   if (a.count * a.batch * a.heads < 512) return append(a);
   Py_BEGIN_ALLOW_THREADS append(a);
   Py_END_ALLOW_THREADS
@@ -194,7 +215,7 @@ Mask mask_of(T o, Array& mask, const AttendArgs& a, int64_t* columns) {
   mask.get(o, -1, "attn_mask");
   m.dtype = mask.is(kDLBool, 8) ? BOOL : mask.dtype("attn_mask, if not bool,");
   m.data = mask.data();
-  const int64_t full[] = {a.batch, a.heads * a.group, a.rows, a.columns};
+  const int64_t full[] = {a.batch, a.heads * a.group, a.rows, a.end - a.begin};
   int64_t* to[] = {&m.batch, &m.head, &m.row, &m.column};
   const int ndim = mask.t.ndim;
   if (ndim > 4) fail(PyExc_ValueError, "attn_mask has more than 4 dimensions");
@@ -211,9 +232,10 @@ Mask mask_of(T o, Array& mask, const AttendArgs& a, int64_t* columns) {
 
 inline void view_of(View& view, const Store& store, int64_t length, const Array& news, bool fresh) {
   view.store = store;
+  view.begin = store.state->begin;
   view.length = length;
-  view.stored = std::min(store.state[0], length);
-  view.packed = store.state[1];
+  view.stored = std::min(store.state->length, length);
+  view.packed = store.state->packed;
   view.fresh = 0;
   if (!fresh) return;
   view.news = {news.data(), news.stride(0), news.stride(1), news.stride(2), news.dtype("key and value")};
@@ -246,19 +268,25 @@ void attend_op(const AttendInputs<T>& in, Allocate allocate) {
         value.size(1) != a.heads || value.size(3) != v.f->dim || key.size(2) != value.size(2))
       fail(PyExc_ValueError, "key and value do not fit the stored ones");
   }
-  const int64_t start = start_of(in.start);
-  const int64_t length = start >= 0 ? start : k.state[0];
-  if (std::min(k.state[0], length) != (start >= 0 ? std::min(v.state[0], length) : v.state[0])) {
+  const int64_t start = start_of(in.start, k.state->begin);
+  const int64_t k_length = k.state->length, v_length = v.state->length, length = start >= 0 ? start : k_length;
+  if (std::min(k_length, length) != (start >= 0 ? std::min(v_length, length) : v_length)) {
     PyErr_Format(PyExc_ValueError, "k_state and v_state must agree: %lld keys are stored and %lld values",
-                 (long long)k.state[0], (long long)v.state[0]);
+                 (long long)k_length, (long long)v_length);
+    throw Failure{};
+  }
+  if (k.state->begin != v.state->begin) {
+    PyErr_Format(PyExc_ValueError, "k_state and v_state must agree: keys are held from token %lld on, values from %lld on",
+                 (long long)k.state->begin, (long long)v.state->begin);
     throw Failure{};
   }
   view_of(a.k, k, length, key, fresh);
   view_of(a.v, v, length, value, fresh);
-  a.columns = length + a.k.fresh;
+  a.begin = a.k.begin;
+  a.end = length + a.k.fresh;
   int64_t mask_columns;
   a.mask = mask_of(in.mask, mask, a, &mask_columns);
-  a.columns = std::max(a.columns, mask_columns);
+  a.end = std::max(a.end, a.begin + mask_columns);
   a.scale = in.scale;
   a.softcap = in.softcap;
   a.causal = in.causal;

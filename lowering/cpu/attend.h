@@ -1,7 +1,8 @@
 // The op attend: one task per (batch, key/value head, block of query rows, split of the packed tokens).
 //
-// With q' = R_k q, packed token t of page p scores s_t (q' . level_t) + q' . (centre_head + centre_p), and adds
-// w_t s_t level_t + w_t (centre_head + centre_p) to an output in V's rotated basis, rotated back once per task.
+// With q' = R_k (balance_k q), packed token t of page p scores s_t (q' . level_t) + q' . (centre_head + centre_p), and
+// adds w_t s_t level_t + w_t (centre_head + centre_p) to an output in V's rotated basis, which is rotated back and
+// multiplied by balance_v once per task.
 // Dense tokens join the same online softmax in the model's basis. Values of a folded format, and so the output, are
 // in the rotated basis throughout.
 #pragma once
@@ -18,7 +19,8 @@ struct AttendArgs {
   View k, v;
   Dense query, out;
   float* lse;  // [batch, query heads, rows] or null
-  int64_t batch, heads, group, rows, columns;
+  int64_t batch, heads, group, rows;
+  int64_t begin, end;  // tokens of the first column and behind the last
   Mask mask;
   const float* sinks;  // [query heads] or null
   float scale, softcap;
@@ -86,7 +88,7 @@ inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, i
   memset(p.out, 0, sizeof(float) * count * p.ld);
   tile.start();
   // No row of this block sees a column from here on.
-  const int64_t limit = std::min(a.columns, tile.causal_limit + (first + count - 1) / a.group + 1);
+  const int64_t limit = std::min(a.end, tile.causal_limit + (first + count - 1) / a.group + 1);
   to = std::min(to, limit);
   if (from < to) {
     tile.run(from, to);
@@ -95,10 +97,11 @@ inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, i
       rotate_rows(rotated, p.out, int(count), fv, true);
       memcpy(p.out, rotated, sizeof(float) * count * p.ld);
     }
+    if (fv.centred) multiply_rows(p.out, p.out, int(count), tile.head_v.balance, p.ld);
   }
   if (dense_too) {
-    tile.run(0, std::min(a.v.packed_begin(), limit));
-    tile.run(std::max(a.v.packed_begin(), a.v.packed_end()), limit);
+    tile.run(a.begin, std::min(a.v.packed_begin(), limit));
+    tile.run(a.v.packed_end(), limit);
   }
   tile.finish();
 }
@@ -109,16 +112,16 @@ inline void attend(const AttendArgs& a) {
   const int64_t all_rows = a.group * a.rows;
   const int64_t block = all_rows <= 64 ? all_rows : 64;
   const int64_t blocks = (all_rows + block - 1) / block;
-  const int64_t begin = a.v.packed_begin(), packed = std::max<int64_t>(0, a.v.packed_end() - begin);
-  const int64_t pages = (packed + PAGE - 1) / PAGE;
+  const int64_t begin = a.v.packed_begin(), end = a.v.packed_end(), first_page = begin - (begin - fv.sink_tokens) % PAGE;
+  const int64_t pages = (end - first_page + PAGE - 1) / PAGE;
   const int64_t groups = a.batch * a.heads * blocks;
-  const double products = double(groups) * block * a.columns * (a.k.store.f->dim + fv.dim);
+  const double products = double(groups) * block * (a.end - a.begin) * (a.k.store.f->dim + fv.dim);
   const int threads = products < 5e5 ? 1 : available_threads();
 
   // Splits that give all threads as much to do, and more of them, which a thread that falls behind leaves to others,
   // where each has 32 pages or more: the query is rotated for each anew. The last takes the dense tokens too and so many
   // pages less.
-  const int64_t dense_pages = DENSE_COST * (a.columns - packed) / PAGE, work = pages + dense_pages;
+  const int64_t dense_pages = DENSE_COST * (a.end - a.begin - (end - begin)) / PAGE, work = pages + dense_pages;
   const int64_t even = threads / std::gcd(groups, int64_t(threads)), many = (4 * threads + groups - 1) / groups;
   int64_t splits = std::max(std::min(even, work / 8), std::min(many, work / 32));
   splits = threads == 1 || pages == 0 ? 1 : std::max<int64_t>(1, std::min(splits, pages));
@@ -141,9 +144,8 @@ inline void attend(const AttendArgs& a) {
     const int64_t index = blocks - 1 - group % blocks, b = group / blocks / a.heads, h = group / blocks % a.heads;
     const int64_t first = index * block, count = std::min(block, all_rows - first);
     Partial p = partial(group, split);
-    const int64_t from = std::min(begin + packed, begin + split * per_split * PAGE);
-    const int64_t to = std::min(begin + packed, from + per_split * PAGE);
-    attend_task(a, p, b, h, first, count, from, to, split == splits - 1);
+    const int64_t from = first_page + split * per_split * PAGE, to = std::min(end, from + per_split * PAGE);
+    attend_task(a, p, b, h, first, count, std::max(begin, from), to, split == splits - 1);
     if (splits > 1) {
       if (arrived[group * 16].fetch_add(1, std::memory_order_acq_rel) != splits - 1) return;
       p = partial(group, 0);

@@ -14,6 +14,7 @@ constexpr int PAGE = 32;
 constexpr int SCALES_OFFSET = 16;
 constexpr int SCALE_NAN = 254, SCALE_ZERO = 255;
 constexpr int CENTRE_LIMIT = 7, CENTRE_ZERO = 8;
+constexpr int64_t KEEP_ALL = -1;
 
 struct Plane {
   int width, shift, offset;
@@ -27,6 +28,7 @@ struct FormatArguments {
   bool hadamard;                                // whether the rotation is of that kind and dim a power of two
   float score_stretch;  // see `PackedFormat.score_stretch`
   int folded;
+  int64_t keep;  // or KEEP_ALL
 };
 
 constexpr int INT8_BITS = 4;  // above, the error of int8 products would show beside that of the codes
@@ -42,6 +44,7 @@ static_assert(int64_t(MAX_HEAD_DIM) * LEVEL16_MAX * query16_max(MAX_HEAD_DIM) <=
 struct Format {
   int dim, bits, centred, sink_tokens, window, page_bytes, centre_offset, plane_count;
   int folded;              // vectors come and go rotated
+  int64_t keep;            // how many of the last tokens are held, or KEEP_ALL
   Plane planes[4];
   float levels[256];       // unused entries are 0
   float boundaries[256];   // unused entries are +inf
@@ -58,6 +61,11 @@ struct Format {
   alignas(64) uint8_t levels16[2][256];
   float level16_step;
   float score_stretch;
+
+  int token_rows() const { return sink_tokens + window; }
+  int dense_rows() const { return token_rows() + (centred ? 2 : 0); }
+  // How many slots pages take in turns where older tokens are dropped.
+  int64_t slots() const { return std::max<int64_t>(0, (keep - window + 3 * PAGE - 1) / PAGE); }
 };
 
 inline float* aligned_copy(const float* from, int rows, int dim, bool transposed) {
@@ -70,7 +78,8 @@ inline float* aligned_copy(const float* from, int rows, int dim, bool transposed
 }
 
 inline Format* make_format(const FormatArguments& a) {
-  auto* f = new Format{a.dim, a.bits, a.centred, a.sink_tokens, a.window, a.page_bytes, a.centre_offset, a.plane_count, a.folded};
+  auto* f = new Format{a.dim, a.bits, a.centred, a.sink_tokens, a.window, a.page_bytes, a.centre_offset, a.plane_count, a.folded,
+                       a.keep};
   const int count = 1 << a.bits;
   std::copy(a.planes, a.planes + a.plane_count, f->planes);
   std::fill(std::begin(f->boundaries), std::end(f->boundaries), INFINITY);
@@ -101,21 +110,43 @@ inline Format* make_format(const FormatArguments& a) {
 // Factor of each scale code; exact powers of two times the first 32.
 extern float scale_factors[256];
 
+// Counts of tokens from the first one ever appended: all of them, those packed, and those dropped since.
+struct State {
+  int64_t length, packed, begin;
+};
+
 // The parts of one packed tensor, addressed in bytes.
 struct Store {
   const Format* f;
   uint8_t* pages;
   int64_t pages_batch, pages_head, pages_page, page_count;
   char* dense;
-  int64_t dense_batch, dense_head, dense_row;
+  int64_t dense_batch, dense_head, dense_row, dense_rows;
   Dtype dtype;
-  int64_t* state;
+  State* state;
 
+  int64_t slot(int64_t p) const { return p < page_count ? p : p % page_count; }
   uint8_t* page(int64_t b, int64_t h, int64_t p) const {
-    return pages + b * pages_batch + h * pages_head + p * pages_page;
+    return pages + b * pages_batch + h * pages_head + slot(p) * pages_page;
   }
   char* row(int64_t b, int64_t h, int64_t r) const { return dense + b * dense_batch + h * dense_head + r * dense_row; }
-  char* ring(int64_t b, int64_t h, int64_t u) const { return row(b, h, 1 + f->sink_tokens + u % f->window); }
+  char* ring(int64_t b, int64_t h, int64_t u) const { return row(b, h, f->sink_tokens + u % f->window); }
+  char* centre(int64_t b, int64_t h) const { return row(b, h, f->token_rows()); }
+  char* balance(int64_t b, int64_t h) const { return row(b, h, f->token_rows() + 1); }
+};
+
+// What pages of a centred format are relative to, zeros and ones in the padding; of other formats, and as long as there
+// are no such rows, nothing that may be read.
+struct HeadRows {
+  alignas(64) float centre[MAX_HEAD_DIM], balance[MAX_HEAD_DIM];
+
+  HeadRows(const Store& s, int64_t b, int64_t h) {
+    const Format& f = *s.f;
+    if (!f.centred || s.dense_rows < f.dense_rows()) return;
+    to_float(centre, s.centre(b, h), f.dim, s.dtype);
+    to_float(balance, s.balance(b, h), f.dim, s.dtype);
+    for (int i = f.dim; i < padded(f.dim); ++i) centre[i] = 0, balance[i] = 1;
+  }
 };
 
 // A strided dense tensor [batch, heads, rows, dim], last dim contiguous.
@@ -139,24 +170,33 @@ struct Run {
   Dtype dtype;
 };
 
-// What attention and read see of one stored tensor followed by new tokens: positions [0, length) are stored (or a
+// What attention and read see of one stored tensor followed by new tokens: tokens [begin, length) are stored (or a
 // gap of zeros from `stored` on), then `fresh` new tokens, then zeros.
 struct View {
   Store store;
   Dense news;
-  int64_t stored, packed, length, fresh;
+  int64_t begin, stored, packed, length, fresh;
 
-  int64_t packed_begin() const { return store.f->sink_tokens; }
-  int64_t packed_end() const { return std::min<int64_t>(store.f->sink_tokens + packed, stored); }
+  // Of the tokens that are read from pages; the first of them may lie inside of its page.
+  int64_t packed_begin() const { return std::max<int64_t>(store.f->sink_tokens, begin); }
+  int64_t packed_end() const { return std::max(packed_begin(), std::min<int64_t>(store.f->sink_tokens + packed, stored)); }
+  const uint8_t* page_of(int64_t b, int64_t h, int64_t t) const { return store.page(b, h, (t - store.f->sink_tokens) / PAGE); }
+
+  // How many whole pages before token `end` begin at token t and lie one behind the other.
+  int64_t pages_from(int64_t t, int64_t end) const {
+    const int64_t u = t - store.f->sink_tokens, tokens = std::min(packed_end(), end) - t;
+    if (t < packed_begin() || u % PAGE || tokens < PAGE) return 0;
+    return std::min(tokens / PAGE, store.page_count - store.slot(u / PAGE));
+  }
 
   Run at(int64_t b, int64_t h, int64_t t, int64_t limit) const {
     const Format& f = *store.f;
     if (t < stored) {
-      if (t < f.sink_tokens) return rows(std::min<int64_t>(f.sink_tokens, stored), limit, store.row(b, h, 1 + t), store.dense_row, store.dtype);
+      if (t < f.sink_tokens) return rows(std::min<int64_t>(f.sink_tokens, stored), limit, store.row(b, h, t), store.dense_row, store.dtype);
       int64_t u = t - f.sink_tokens;
       if (u < packed) {
         int64_t end = std::min<int64_t>({(u / PAGE + 1) * PAGE + f.sink_tokens, stored, limit});
-        return {Kind::Packed, end, store.page(b, h, u / PAGE), int(u % PAGE), nullptr, 0, F32};
+        return {Kind::Packed, end, page_of(b, h, t), int(u % PAGE), nullptr, 0, F32};
       }
       return rows(std::min<int64_t>(t + f.window - u % f.window, stored), limit, store.ring(b, h, u), store.dense_row, store.dtype);
     }

@@ -130,6 +130,7 @@ def _load(chosen: str) -> ModuleType | build.BuildError:
             fmt.rotation == "hadamard" and power_of_two,
             fmt.score_stretch,
             fmt.folded,
+            -1 if fmt.keep is None else fmt.keep,
         )
 
     try:

@@ -147,6 +147,16 @@ inline void gemm_transposed(float* out, int ldo, const float* a, const float* b,
   }
 }
 
+// Each row of [rows, padded_n] times `by`, or through it; `out` may be `in`.
+inline void multiply_rows(float* out, const float* in, int rows, const float* by, int padded_n) {
+  for (int r = 0; r < rows; ++r, out += padded_n, in += padded_n)
+    for (int i = 0; i < padded_n; i += W) store(out + i, load(in + i) * load(by + i));
+}
+inline void divide_rows(float* x, int rows, const float* by, int padded_n) {
+  for (int r = 0; r < rows; ++r, x += padded_n)
+    for (int i = 0; i < padded_n; i += W) store(x + i, load(x + i) / load(by + i));
+}
+
 // One butterfly of lanes i and i ^ step, and those of twice the step and more.
 template <int step, int... I>
 inline vf butterflies(vf v, std::integer_sequence<int, I...> lanes) {

@@ -187,15 +187,16 @@ PyObject* py_chain_seconds(PyObject*, PyObject* o) try {
 }
 
 // make_format(dim, bits, centred, sink_tokens, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
-// is_hadamard, score_stretch, folded) -> address; levels, boundaries and rotation are addresses of float32 arrays.
+// is_hadamard, score_stretch, folded, keep) -> address; levels, boundaries and rotation are addresses of float32 arrays.
 PyObject* py_make_format(PyObject*, PyObject* args) {
   FormatArguments a{};
   PyObject* planes;
   unsigned long long levels, boundaries, rotation;
+  long long keep;
   int hadamard;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifi", &a.dim, &a.bits, &a.centred, &a.sink_tokens, &a.window, &a.page_bytes,
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifiL", &a.dim, &a.bits, &a.centred, &a.sink_tokens, &a.window, &a.page_bytes,
                         &a.centre_offset, &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard,
-                        &a.score_stretch, &a.folded))
+                        &a.score_stretch, &a.folded, &keep))
     return nullptr;
   a.plane_count = int(PyTuple_GET_SIZE(planes));
   for (int i = 0; i < a.plane_count; ++i)
@@ -205,6 +206,7 @@ PyObject* py_make_format(PyObject*, PyObject* args) {
   a.boundaries = (const float*)boundaries;
   a.rotation = (const float*)rotation;
   a.hadamard = hadamard;
+  a.keep = keep;
   return PyLong_FromVoidPtr(make_format(a));
 }
 

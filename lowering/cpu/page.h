@@ -187,8 +187,8 @@ inline void page_centre(float* out, const uint8_t* page, const Format& f) {
 
 // Decoded tokens [offset, offset + count) of a page, in the model's basis: out [count, padded(dim)].
 // `rotated` is scratch of 32 rows of padded(dim), `codes` of 64.
-inline void decode_page(float* out, const uint8_t* page, const float* head_centre, const Format& f, int offset,
-                        int count, uint8_t* codes, float* rotated) {
+inline void decode_page(float* out, const uint8_t* page, const HeadRows& head, const Format& f, int offset, int count,
+                        uint8_t* codes, float* rotated) {
   int ld = padded(f.dim);
   float scales[PAGE], centre[512];
   unpack_page(codes, ld, page, f);
@@ -196,7 +196,7 @@ inline void decode_page(float* out, const uint8_t* page, const float* head_centr
   look_up(rotated, codes + offset * ld, count * ld, f);
   if (f.centred) {
     page_centre(centre, page, f);
-    for (int i = 0; i < ld; i += W) store(centre + i, load(centre + i) + load(head_centre + i));
+    for (int i = 0; i < ld; i += W) store(centre + i, load(centre + i) + load(head.centre + i));
   }
   for (int t = 0; t < count; ++t) {
     vf scale = splat(scales[offset + t]);
@@ -208,6 +208,7 @@ inline void decode_page(float* out, const uint8_t* page, const float* head_centr
     for (int i = f.dim; i < ld; ++i) row[i] = 0;
   }
   rotate_rows(out, rotated, count, f, true);
+  if (f.centred) multiply_rows(out, out, count, head.balance, ld);
 }
 
 }  // namespace tqc

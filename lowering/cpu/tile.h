@@ -27,7 +27,8 @@ struct Tile {
   int64_t head, first, causal_limit;
   int group;
 
-  float *query, *rotated, *head_bias, *scores, *keys, *values, *unrotated, *centre_k, *centre_v, *centre, *added;
+  const HeadRows head_k, head_v;
+  float *query, *balanced, *rotated, *head_bias, *scores, *keys, *values, *unrotated, *centre, *added;
   float *query_step, *stretch_from, *factor, *sums, *value_scales;
   ScoreRow* score_rows;
   uint8_t *codes, *weights8, *nibbles;
@@ -40,21 +41,20 @@ struct Tile {
 
   Tile(const View& k, const View& v, int64_t b, int64_t h, int count)
       : k(k), v(v), b(b), h(h), count(count), ldk(padded(k.store.f->dim)), ldv(padded(v.store.f->dim)),
-        layout_k(*k.store.f), layout_v(*v.store.f) {}
+        head_k(k.store, b, h), head_v(v.store, b, h), layout_k(*k.store.f), layout_v(*v.store.f) {}
 
   void reserve(Scratch& s) {
     const int widest = std::max(ldk, ldv);
-    s.reserve(4 * (size_t(count) * (4 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 7 * widest + 2 * TILE) +
+    s.reserve(4 * (size_t(count) * (5 * ldk + 2 * ldv + SCORES_LD + TILE + W + 16) + 32 * (ldk + widest) + 7 * widest + 2 * TILE) +
               count * (3 * ldk + BYTES + 2 * ldk * LANES + 3 * TILE) + (TILE + 2 * PAGE + 4) * widest + 8192);
     query = s.take<float>(count * ldk);
+    balanced = s.take<float>(count * ldk);
     rotated = s.take<float>(count * ldk);
     unrotated = s.take<float>(count * ldv);
     head_bias = s.take<float>(count);
     scores = s.take<float>(count * SCORES_LD);
     keys = s.take<float>(ldk * PAGE);
     values = s.take<float>(widest * PAGE);
-    centre_k = s.take<float>(ldk);
-    centre_v = s.take<float>(ldv);
     centre = s.take<float>(TILE_PAGES * widest);
     added = s.take<float>(TILE);
     codes = s.take<uint8_t>((TILE + PAGE) * widest);
@@ -78,14 +78,12 @@ struct Tile {
   // Call once `query` is filled; it is multiplied by `scale`.
   void start() {
     const Format &fk = *k.store.f, &fv = *v.store.f;
-    for (int i = fk.dim; i < ldk; ++i) centre_k[i] = 0;
-    for (int i = fv.dim; i < ldv; ++i) centre_v[i] = 0;
-    to_float(centre_k, k.store.row(b, h, 0), fk.dim, k.store.dtype);
-    to_float(centre_v, v.store.row(b, h, 0), fv.dim, v.store.dtype);
     memset(sums, 0, sizeof(float) * count * W);
     for (int i = 0; i < count * ldk; i += W) store(query + i, load(query + i) * scale);
     if (k.packed_end() <= k.packed_begin()) return;
-    rotate_rows(rotated, query, count, fk, false);
+    const float* for_pages = fk.centred ? balanced : query;
+    if (fk.centred) multiply_rows(balanced, query, count, head_k.balance, ldk);
+    rotate_rows(rotated, for_pages, count, fk, false);
     integers = use_int8 && HAS_INT8 && std::max(fk.bits, fv.bits) <= INT16_BITS;
     if (integers && fk.bits <= INT8_BITS) {
       memset(nibbles, 0, 4 * query_bytes());
@@ -99,9 +97,9 @@ struct Tile {
     }
     for (int r = 0; r < count; ++r) {
       score_rows[r] = {};
-      const float norm = std::sqrt(dot(query + r * ldk, query + r * ldk, ldk));
+      const float norm = std::sqrt(dot(for_pages + r * ldk, for_pages + r * ldk, ldk));
       stretch_from[r] = norm < INFINITY ? norm : NAN;
-      head_bias[r] = fk.centred ? dot(rotated + r * ldk, centre_k, ldk) : 0.0f;
+      head_bias[r] = fk.centred ? dot(rotated + r * ldk, head_k.centre, ldk) : 0.0f;
     }
   }
 
@@ -110,7 +108,7 @@ struct Tile {
     while (t < end) {
       if (const int pages = whole_pages(t, end)) {
         score_pages(t, pages);
-        const uint8_t* page = v.store.page(b, h, (t - v.packed_begin()) / PAGE);
+        const uint8_t* page = v.page_of(b, h, t);
         for (int p = 0; p < pages; ++p) page_scales(value_scales + p * PAGE, page + p * v.store.pages_page);
         soften(t, pages * PAGE, page);
         accumulate_pages(page, pages);
@@ -134,10 +132,7 @@ struct Tile {
 
   // How many pages of both tensors begin at token t together, for products of integers.
   int whole_pages(int64_t t, int64_t end) const {
-    const int64_t into_k = t - k.packed_begin(), into_v = t - v.packed_begin();
-    if (!integers || into_k < 0 || into_v < 0 || into_k % PAGE || into_v % PAGE) return 0;
-    const int64_t tokens = std::min({k.packed_end(), v.packed_end(), end}) - t;
-    return int(std::max<int64_t>(0, std::min<int64_t>(tokens, TILE) / PAGE));
+    return integers ? int(std::min<int64_t>({k.pages_from(t, end), v.pages_from(t, end), TILE_PAGES})) : 0;
   }
 
   // Scores of whole pages, as `score` makes them.
@@ -145,7 +140,7 @@ struct Tile {
     const Format& f = *k.store.f;
     const int tokens = pages * PAGE;
     float scales[TILE];
-    const uint8_t* first_page = k.store.page(b, h, (t - k.packed_begin()) / PAGE);
+    const uint8_t* first_page = k.page_of(b, h, t);
     const int64_t bytes = k.store.pages_page;
     for (int p = 0; p < pages; ++p) page_scales(scales + p * PAGE, first_page + p * bytes);
     const bool words = f.bits > INT8_BITS;
@@ -253,7 +248,7 @@ struct Tile {
   }
 
   void load_mask(int64_t q_head, int64_t row, int64_t t, int tokens) {
-    const char* p = mask->data + b * mask->batch + q_head * mask->head + row * mask->row + t * mask->column;
+    const char* p = mask->data + b * mask->batch + q_head * mask->head + row * mask->row + (t - k.begin) * mask->column;
     for (int i = 0; i < tokens; ++i, p += mask->column)
       added[i] = mask->dtype == BOOL ? (*p ? 0.0f : -INFINITY) : scalar_to_float(p, mask->dtype);
   }
@@ -266,7 +261,7 @@ struct Tile {
     const int columns = (tokens + PAGE - 1) / PAGE * PAGE;
     for (int p = 0; page && f.centred && p * PAGE < columns; ++p) {
       page_centre(centre + p * ldv, page + p * v.store.pages_page, f);
-      for (float* c = centre + p * ldv; c < centre + (p + 1) * ldv; c += W) store(c, load(c) + load(centre_v + (c - centre) % ldv));
+      for (float* c = centre + p * ldv; c < centre + (p + 1) * ldv; c += W) store(c, load(c) + load(head_v.centre + (c - centre) % ldv));
     }
     for (int r = 0; r < count; ++r) {
       float* s = scores + r * SCORES_LD;

@@ -100,6 +100,13 @@ def arguments(
     return {**result, **given}
 
 
+def draw_keep(data, length, sink_tokens):
+    """How many of `length` tokens are held: all, or those behind one of the sinks, of a page, of the recent ones."""
+    page = sink_tokens + 32 * data.draw(st.integers(0, length // 32))
+    begin = data.draw(st.sampled_from([None, None, 2, page, page + 7, length - 20, length - 1]))
+    return None if begin is None else max(1, length - begin)
+
+
 def draw_mask(data, batch, heads, rows, columns, generator):
     kind = data.draw(st.sampled_from(["none", "none", "bool", "float", "model dtype", "wide", "all false"]))
     if kind == "none":
