@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.lowering.triton import SHARED_FIELDS, tuning
+from tqc.lowering.triton import tuning
 from tqc.lowering.triton.attend_kernels import attend_kernel
 from tqc.lowering.triton.format import TileFormat
 from tqc.lowering.triton.merge_kernel import merge_kernel
@@ -141,8 +141,11 @@ def attend_paged(
 @cache
 def _formats(k_spec: str, v_spec: str) -> tuple[TileFormat, TileFormat]:
     k_fmt, v_fmt = PackedFormat.parse(k_spec), PackedFormat.parse(v_spec)
-    if any(getattr(k_fmt, name) != getattr(v_fmt, name) for name in SHARED_FIELDS):
-        raise ValueError(f"keys and values must have one {', '.join(SHARED_FIELDS)}; got {k_spec} and {v_spec}")
+    shared = [(fmt.sink_tokens, fmt.residual_window, fmt.keep) for fmt in (k_fmt, v_fmt)]
+    if shared[0] != shared[1]:
+        raise ValueError(
+            f"keys and values must have one sink_tokens, residual_window and keep, got {k_spec} and {v_spec}"
+        )
     return TileFormat.of(k_fmt), TileFormat.of(v_fmt)
 
 

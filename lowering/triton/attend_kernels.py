@@ -5,7 +5,8 @@ once for the group) and one share of the packed tokens. It rotates its queries, 
 summed, and, if it is the last share, goes on over the dense slots and the new tokens. With several shares
 `merge_kernel` joins them by their log-sum-exps.
 
-Columns count from the first token that is held. No size depends on how many tokens are stored: that is read on the device, so a launch can be part of a CUDA graph.
+Columns count from the first token that is held. No size depends on how many tokens are stored: that is read on the
+device, so a launch can be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ def attend_kernel(
     h = (tl.program_id(1) % heads).to(tl.int64)
     share = tl.program_id(2)
     stored, packed, begin, first, agree = stored_tokens(k_state, v_state, lengths, start, b, k_fmt)
+    coded = tl.minimum(packed, stored - k_fmt.sink_tokens).to(tl.int32)
     # From here on these two are columns.
-    coded = (tl.minimum(packed, stored - k_fmt.sink_tokens)).to(tl.int32)
     stored -= begin
     first -= begin
     hidden = 0
@@ -271,6 +272,8 @@ def attend_kernel(
         for tile in range(tile_first, tile_end):
             page = tile * PAGES
             inside = place < coded - tile * TILE
+            if k_num_pages is not None:
+                inside = inside & (place >= -origin - tile * TILE)
             scales = token_scales(k_code, k_base)
             k_code, k_base = _tile_scale_parts(k_of_head, page + PAGES, k_page_step, k_paging, TILE)
             scores = _packed_scores(
@@ -279,10 +282,8 @@ def attend_kernel(
             scores = scores * factor[None, :]
             column = (place + (origin + tile * TILE)).to(tl.int64)
             shown = inside
-            if k_num_pages is not None:
-                shown = inside & (column >= 0)
             if padding is not None:
-                shown = shown & (column >= hidden)
+                shown = inside & (column >= hidden)
             scores = visible(capped(scores, softcap), column, shown, sight, CAUSAL == 2)
             weights, before, m = softmax_step(scores, m)
             sums = sums * before[None, :] + tl.sum(weights.reshape(TILE // PLACES, PLACES, ROWS), axis=0)

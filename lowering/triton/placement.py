@@ -1,5 +1,7 @@
-"""Where the tokens of a cache lie, as `tqc.format` has it: sinks and ring in rows of `dense`, the head's own rows behind
-them, pages in slots. `dense` and `pages` are pointers to those of one head; `fmt` is a `TileFormat`.
+"""Where the tokens of a cache lie, as `tqc.format` has it: sinks and ring in rows of `dense`, behind them the head's
+centre and balance, pages in slots of `pages`.
+
+`dense` is a pointer to the rows of one head; `fmt` is a `TileFormat`, a compile-time constant.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def test_arguments_that_do_not_fit_are_refused(triton_device):
         kernels.attend(**given | {"value": None})
     with pytest.raises(TypeError, match="float16, got torch.float32"):
         kernels.attend(**given | {"query": given["query"].float()})
-    with pytest.raises(ValueError, match="one sink_tokens, residual_window, keep"):
+    with pytest.raises(ValueError, match="one sink_tokens, residual_window and keep"):
         kernels.attend(**given | {"v_spec": str(PackedFormat(32, 3, False, 4, 64))})
     with pytest.raises(ValueError, match="page_table"):
         kernels.attend_paged(

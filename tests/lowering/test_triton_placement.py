@@ -1,5 +1,6 @@
 """Where tokens lie, as the Triton provider finds them: pages that wrap, dropped tokens, few dense rows, balances."""
 
+import math
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from tqc.ops import planes as ops
 pytest.importorskip("triton")
 from tqc.lowering.triton import kernels, tuning  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")  # in the interpreter
 check = partial(check_attend, kernels.attend)
 PARTS = ("pages", "dense", "state")
 # Tokens that came, and how many are kept, with 4 sinks and a window of 32: the first one that is held is ...
@@ -39,6 +41,15 @@ def test_dropped_tokens_are_not_seen(triton_device, length, keep):
     given = arguments(k_fmt, v_fmt, length, triton_device, heads=2, rows=rows, attn_mask=mask)
     assert given["k_state"].tolist()[2] == length - keep
     check(given)
+    generator = torch.Generator().manual_seed(1)
+    for side, fmt in zip("kv", windows(keep), strict=True):
+        tokens = torch.randn(1, 2, length, 32, generator=generator).half()
+        tokens[:, :, length - keep - 1] = math.nan
+        store = make_store(1, 2, 0, fmt, torch.float16)
+        ops.append(*store, tokens, None, str(fmt))
+        given |= {f"{side}_{part}": tensor.to(triton_device) for part, tensor in zip(PARTS, store, strict=True)}
+    check(given)
+    assert kernels.attend(**given)[0].isfinite().all()
     store = [given[f"k_{part}"] for part in PARTS]
     for count in (0, 1, keep, keep + 40):
         compare(kernels.read(*store, count, str(k_fmt)), ops.read(*store, count, str(k_fmt)), torch.float16)

@@ -201,7 +201,7 @@ def runtime_step() -> dict[str, Any]:
         mock.patch("tqc.lowering.triton.append.append_tables", lambda spec, *_: tables[spec]),
         mock.patch.object(JITFunction, "run", run),
     ):
-        k, v = (PackedTensor(Storage(*rest[at : at + 3], fmt, 0, 0), 4096) for at, fmt in ((0, K_FMT), (3, V_FMT)))
+        k, v = (PackedTensor(Storage(*rest[at : at + 3], fmt, 0, 0, 0), 4096) for at, fmt in ((0, K_FMT), (3, V_FMT)))
         step = AttendWrite(replace(PROVIDER, load=lambda: kernels), 0.1, 0.0)
         with _Operations() as operations:
             step(query, key, value, k, v, start, None, None)

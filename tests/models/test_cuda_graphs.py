@@ -31,8 +31,8 @@ def small() -> Any:
     return FAMILIES["llama"].build(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 
 
-def make(model: Any) -> StaticCache:
-    return StaticCache(model.config, max_cache_len=96)
+def make(model: Any, capacity: int = 96) -> StaticCache:
+    return StaticCache(model.config, max_cache_len=capacity)
 
 
 def parts(cache: Any) -> list[torch.Tensor]:
@@ -44,24 +44,34 @@ def stored(cache: Any) -> int:
     return layers(cache)[0].keys.packed_storage.length
 
 
-def steps(model: Any, cache: Any, count: int = 6, **options: Any) -> tuple[torch.Tensor, list[Any]]:
+def steps(
+    model: Any, cache: Any, count: int = 6, behind: int = PROMPT, **options: Any
+) -> tuple[torch.Tensor, list[Any]]:
     with compiled(model, **{**OPTIONS, **options}) as plans:
-        return run(model, prompt(1, PROMPT + count), cache, splits=(PROMPT,)), plans
+        return run(model, prompt(1, behind + count), cache, splits=(behind,)), plans
 
 
-def test_replayed_steps_are_the_steps(fake_cuda: Any) -> None:  # noqa: F811
-    """A page is packed while it replays."""
+@pytest.mark.parametrize(
+    "behind,capacity,packed",
+    [
+        (PROMPT, 96, 64),  # a page is packed while it replays
+        (33, 96, 32),  # the first one is
+        (8, 30, 0),  # there is room for no page
+    ],
+)
+def test_replayed_steps_are_the_steps(behind: int, capacity: int, packed: int, fake_cuda: Any) -> None:  # noqa: F811
+    """They are recorded once: a cache has from the start all rows and pages that it will need."""
     model = small()
-    theirs, ours = make(model), make(model)
-    expected, _ = steps(model, theirs, cuda_graphs=False)
+    theirs, ours = make(model, capacity), make(model, capacity)
+    expected, _ = steps(model, theirs, behind=behind, cuda_graphs=False)
     assert not fake_cuda
-    actual, plans = steps(model, ours)
+    actual, plans = steps(model, ours, behind=behind)
     assert torch.equal(actual, expected)
     assert len(fake_cuda) == 1 and fake_cuda[0].replays == 5, "the first step runs, all others are replayed"
     for a, b in zip(parts(ours), parts(theirs), strict=True):
         assert torch.equal(a, b)
-    assert int(layers(ours)[0].cumulative_length) == PROMPT + 6
-    assert stored(ours) == PROMPT + 6
+    assert int(layers(ours)[0].cumulative_length) == behind + 6
+    assert stored(ours) == behind + 6 and layers(ours)[0].keys.packed_storage.packed == packed
     assert plans[-1].cuda_graph == "recorded as a CUDA graph" and "starts a cache" in plans[0].cuda_graph
 
 

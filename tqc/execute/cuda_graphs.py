@@ -210,7 +210,8 @@ def _signature(x: Any, role: str) -> Any:
     if role == UNUSED:
         return None
     if isinstance(x, PackedTensor):
-        return x.pages.data_ptr(), x.dense.data_ptr(), x.state.data_ptr()
+        storage = x.packed_storage
+        return storage.pages.data_ptr(), storage.dense.data_ptr(), storage.state.data_ptr()
     if role == ADDRESS:
         return x.data_ptr()
     return (x.shape, x.stride()) if role == COPY else x
