@@ -281,7 +281,8 @@ def correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: Pa
     grouped = query.float().unflatten(1, (pages.shape[1], -1)).flatten(2, 3) * scale
     if fmt.centred:
         grouped = grouped * head[:, :, 1:].float()
-    levels = unrotate(decode_levels(pages, fmt).flatten(2, 3), fmt)
+    levels = decode_levels(pages, fmt).flatten(2, 3)
+    levels = levels if fmt.folded else unrotate(levels, fmt)
     above = (grouped @ levels.transpose(-1, -2) - grouped.square().sum(-1, keepdim=True).sqrt()).clamp_min(0.0)
     added = fmt.score_stretch * above * token_scales(pages, fmt).flatten(2).unsqueeze(2)
     return added.unflatten(2, (-1, rows)).flatten(1, 2)
