@@ -175,11 +175,15 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
             return
     assert isinstance(key, CacheWrite) and isinstance(val, CacheWrite)
     site.key, site.value = key, val
-    if (key.kind, key.packed, key.positions, key.prefix) != (val.kind, val.packed, val.positions, val.prefix):
+    alike = [(write.kind, write.packed, write.positions, write.prefix, write.keep) for write in (key, val)]
+    if alike[0] != alike[1]:
         site.reason = "keys and values are cached in different ways"
         return
     if key.node is val.node:
         site.reason = "keys and values are one tensor"
+        return
+    if computed and key.keep is not None:
+        site.reason = computed
         return
 
     if key.packed:
@@ -190,7 +194,7 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         site.reason = _why_not_packed(site, outputs) or ""
         if not site.reason:
             heads = [example(write.new).shape[-1] for write in (key, val)]
-            site.k_fmt, site.v_fmt = config.formats(int(heads[0]), int(heads[1]))
+            site.k_fmt, site.v_fmt = config.formats(int(heads[0]), int(heads[1]), key.keep)
         action = PACK
     if site.reason:
         return
@@ -234,7 +238,7 @@ def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
             return f"the {name} are an input that this call does not write"
         if write.kind == "grow" and any(calls(user, "to") and user in outputs for user in write.node.users):
             return f"the concatenated {name} leave the graph for another device (an offloaded cache)"
-        if write.kind == "grow" and write.node not in outputs:
+        if write.kind == "grow" and write.leaves not in outputs:
             return _what_leaves(write.node, name)
         if write.kind == "write" and write.allocated_here and write.node not in outputs:
             return f"the {name} are written into a tensor that does not leave the graph"
@@ -256,7 +260,7 @@ def _what_leaves(concatenated: Node, name: str) -> str:
         calls(user, operator.getitem) and any(reader.op == "output" for reader in user.users)
         for user in concatenated.users
     ):
-        return f"the cache keeps a part of the {name} alone (a sliding window: concatenated, then cut)"
+        return f"the cache keeps a part of the {name} alone, and not their last tokens"
     return f"the concatenated {name} do not leave the graph as they are"
 
 
@@ -264,6 +268,8 @@ def _why_not_fused(site: Site) -> str | None:
     assert site.key and site.value
     attention = site.attention
     query, key = example(attention.query), example(attention.key)
+    if site.key.kind == "grow" and site.k_fmt and site.key.keep != site.k_fmt.keep:
+        return f"the packed cache keeps {_tokens(site.k_fmt.keep)} and this call {_tokens(site.key.keep)}"
     if query.dim() == 4 and query.shape[0] != key.shape[0]:
         return f"queries are of batch {query.shape[0]} and keys of batch {key.shape[0]}"
     if attention.heads % key.shape[1]:
@@ -287,6 +293,10 @@ def _why_not_fused(site: Site) -> str | None:
     if site.key.kind == "write":
         return _why_not_preallocated(site)
     return None
+
+
+def _tokens(keep: int | None) -> str:
+    return "all tokens" if keep is None else f"{keep} tokens"
 
 
 def _why_not_preallocated(site: Site) -> str | None:

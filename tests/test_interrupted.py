@@ -79,7 +79,7 @@ def decode(grows: bool, where: int | None, behind: bool) -> tuple[list[torch.Ten
                 assert attempt == 0
                 for x in held:
                     s = x.packed_storage
-                    assert [s.length, s.packed] == s.state.tolist(), "no host copy of a state is stale"
+                    assert [s.length, s.packed, s.begin] == s.state.tolist(), "no host copy of a state is stale"
         out, *stored = result if grows else (result,)
         held = stored or held
         outputs.append(out)

@@ -93,12 +93,12 @@ class Config:
     def off(self) -> bool:
         return self.bits_k == OFF
 
-    def formats(self, k_head_dim: int, v_head_dim: int) -> tuple[PackedFormat, PackedFormat]:
+    def formats(self, k_head_dim: int, v_head_dim: int, keep: int | None = None) -> tuple[PackedFormat, PackedFormat]:
         """Formats of keys and values. Raises ValueError where a head_dim cannot be packed."""
         shared = (self.sink_tokens, self.residual_window, self.rotation, self.seed)
         return (
-            PackedFormat(k_head_dim, self.bits_k, True, *shared),
-            PackedFormat(v_head_dim, self.bits_v, False, *shared),
+            PackedFormat(k_head_dim, self.bits_k, True, *shared, keep=keep),
+            PackedFormat(v_head_dim, self.bits_v, False, *shared, keep=keep),
         )
 
     @classmethod

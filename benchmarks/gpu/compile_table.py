@@ -46,7 +46,7 @@ def _parts(fmt: PackedFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     return (
         torch.empty(1, HEADS, CAPACITY // PAGE_TOKENS, fmt.page_bytes, dtype=torch.uint8, device="meta"),
         torch.empty(1, HEADS, fmt.dense_rows, fmt.head_dim, dtype=dtype, device="meta"),
-        torch.empty(2, dtype=torch.int64, device="meta"),
+        torch.empty(3, dtype=torch.int64, device="meta"),
     )
 
 

@@ -127,18 +127,18 @@ def packed_cache(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, heads, sample, fmt.head_dim, generator=generator).to(dtype)
     pages = torch.zeros(1, heads, max(2, fmt.packed_tokens(sample) // PAGE_TOKENS), fmt.page_bytes, dtype=torch.uint8)
-    dense = torch.zeros(1, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype)
-    state = torch.zeros(2, dtype=torch.int64)
+    dense = fmt.empty_dense(1, heads, fmt.dense_rows, dtype, "cpu")
+    state = torch.zeros(3, dtype=torch.int64)
     planes.append(pages, dense, state, tokens, None, fmt.spec)
     packed = fmt.packed_tokens(length)
     index = torch.arange(fmt.packed_tokens(length + spare) // PAGE_TOKENS + 1) % max(1, int(state[1]) // PAGE_TOKENS)
     pages = pages.to(device)[:, :, index.to(device)].repeat(batch, 1, 1, 1)
-    state = torch.tensor([length, packed], device=device)
+    state = torch.tensor([length, packed, 0], device=device)
     return pages, dense.to(device).repeat(batch, 1, 1, 1), state
 
 
 def packed_bytes(batch: int, heads: int, length: int, fmt: PackedFormat, dtype: torch.dtype) -> int:
     """Bytes of one packed tensor that attention has to read: pages in use and dense rows in use."""
     packed = fmt.packed_tokens(length)
-    rows = 1 + length - packed
+    rows = fmt.head_rows + length - packed
     return batch * heads * (packed // PAGE_TOKENS * fmt.page_bytes + rows * fmt.head_dim * dtype.itemsize)

@@ -28,7 +28,7 @@ def parts(batch: int, heads: int, tokens: int, fmt: PackedFormat, dtype: torch.d
     return (
         torch.empty(batch, heads, tokens // PAGE_TOKENS + 1, fmt.page_bytes, dtype=torch.uint8, device="meta"),
         torch.empty(batch, heads, fmt.dense_rows, fmt.head_dim, dtype=dtype, device="meta"),
-        torch.empty(2, dtype=torch.int64, device="meta"),
+        torch.empty(3, dtype=torch.int64, device="meta"),
     )
 
 

@@ -69,10 +69,13 @@ def _check(
     generator = torch.Generator().manual_seed(rows)
     expected, actual = [], []
     for fmt in (k_fmt, v_fmt):
+        dense = fmt.empty_dense(2, heads, fmt.dense_rows, dtype, "cpu")
+        balance = torch.empty(2, heads, 1, head_dim).uniform_(0.5, 2.0, generator=generator)
+        fmt.head(dense)[:, :, 1:] = balance
         parts = (
             torch.zeros(2, heads, length // PAGE_TOKENS + 1, fmt.page_bytes, dtype=torch.uint8),
-            torch.zeros(2, heads, fmt.dense_rows, head_dim, dtype=dtype),
-            torch.zeros(2, dtype=torch.int64),
+            dense,
+            torch.zeros(3, dtype=torch.int64),
         )
         expected.append(parts)
         actual.append(tuple(part.to(device, copy=True) for part in parts))

@@ -17,6 +17,8 @@ from tqc.lowering.provider import Provider, Unavailable
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Fields of formats in which keys and values must not differ: one kernel walks over both.
+SHARED_FIELDS = ("sink_tokens", "residual_window", "keep")
 
 
 def supports(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, device_type: str) -> str | None:
@@ -27,7 +29,7 @@ def supports(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, devic
     for fmt in (k_fmt, v_fmt):
         if not MIN_HEAD_DIM <= fmt.head_dim <= MAX_HEAD_DIM:
             return f"takes a head_dim of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {fmt.head_dim}"
-    for name in ("sink_tokens", "residual_window"):
+    for name in SHARED_FIELDS:
         if getattr(k_fmt, name) != getattr(v_fmt, name):
             return f"takes one {name} for keys and values, not {getattr(k_fmt, name)} and {getattr(v_fmt, name)}"
     return None

@@ -39,8 +39,8 @@ def append(
         tables: those of `append_tables`, given where torch shall see the launch (see `traced_ops`); as below.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit each other and `spec`. Whether `pages` has room is known to the
-            device alone: what does not fit is not written (TRITON_DEBUG=1 makes it an assertion).
+        ValueError: if shapes or dtypes do not fit each other and `spec`. Whether `pages` and `dense` have room is known
+            to the device alone: what does not fit is not written (TRITON_DEBUG=1 makes it an assertion).
     """
     _launch([_checked(pages, dense, state, new, spec)], start, tables)
 
@@ -81,7 +81,8 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
     batch, heads, _, head_dim = new.shape
     if head_dim != fmt.head_dim or pages.shape[3] != fmt.page_bytes:
         raise ValueError(f"spec {spec!r} does not fit new {tuple(new.shape)} and pages {tuple(pages.shape)}")
-    if pages.shape[:2] != (batch, heads) or dense.shape != (batch, heads, fmt.dense_rows, head_dim):
+    rows = min(dense.shape[2], fmt.dense_rows)
+    if pages.shape[:2] != (batch, heads) or dense.shape != (batch, heads, rows, head_dim):
         raise ValueError(
             f"new {tuple(new.shape)} does not fit pages {tuple(pages.shape)} and dense {tuple(dense.shape)}"
         )
@@ -94,7 +95,7 @@ def _checked(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, spec: str
 
 # Arguments of `append_kernel` for keys, and for values.
 _ARGUMENTS = (
-    *("pages", "num_pages", "dense", "state", "new", "batch", "head", "row", "column"),
+    *("pages", "num_pages", "dense", "dense_head", "state", "new", "batch", "head", "row", "column"),
     *("levels", "boundaries", "search", "matrix", "gain", "spec"),
 )
 _NAMES = tuple(tuple(f"{side}_{name}" for name in _ARGUMENTS) for side in "kv")
@@ -105,7 +106,7 @@ def _launch(parts: list[_Part], start: Tensor | None, tables: Sequence[Tensor] |
     arguments: dict[str, Any] = dict.fromkeys(_NAMES[1])
     for index, (pages, dense, state, new, fmt) in enumerate(parts):
         of_format = append_tables(fmt.spec, new.dtype, new.device) if tables is None else tables[4 * index :][:4]
-        stored = (pages, pages.shape[2], dense, state)
+        stored = (pages, pages.shape[2], dense, dense.shape[2] * fmt.head_dim, state)
         values = (*stored, new, *new.stride(), *of_format, rotation_gain(fmt, new.dtype), fmt.spec)
         arguments.update(zip(_NAMES[index], values, strict=True))
     new = parts[0][3]

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.lowering.triton import tuning
-from tqc.lowering.triton.attend_kernels import attend_kernel, merge_kernel
+from tqc.lowering.triton import SHARED_FIELDS, tuning
+from tqc.lowering.triton.attend_kernels import attend_kernel
 from tqc.lowering.triton.format import TileFormat
+from tqc.lowering.triton.merge_kernel import merge_kernel
 from tqc.lowering.triton.tables import attend_tables
 
 # Arguments of `attend_kernel` that one kind of storage alone has, as they are without it.
 _NO_STORAGE: dict[str, Any] = {
-    **dict.fromkeys(("k_state", "v_state", "start", "table", "lengths", "padding")),
+    **dict.fromkeys(("k_num_pages", "v_num_pages", "k_state", "v_state", "start", "table", "lengths", "padding")),
     "table_step": 0,
     "BLOCK_PAGES": 1,
 }
@@ -54,12 +55,14 @@ def attend(
         **_NO_STORAGE,
         **_pages("k", k_pages, *k_pages.stride()[:3]),
         **_pages("v", v_pages, *v_pages.stride()[:3]),
-        "k_dense": k_dense.contiguous(),
-        "v_dense": v_dense.contiguous(),
+        **_dense("k", k_dense),
+        **_dense("v", v_dense),
         "k_state": k_state,
         "v_state": v_state,
         "start": start if start is None else start.to(query.device, non_blocking=True),
     }
+    if PackedFormat.parse(k_spec).keep is not None:
+        storage |= {"k_num_pages": k_pages.shape[2], "v_num_pages": v_pages.shape[2]}
     capacity = k_pages.shape[2] * PAGE_TOKENS
     return _attend(
         query, storage, capacity, key, value, attn_mask, sinks, scale, softcap, is_causal, k_spec, v_spec, tables
@@ -91,28 +94,38 @@ def attend_paged(
 
     Args:
         k_pool, v_pool: uint8 [pages, heads, page_bytes]; `block_pages` consecutive pages are a block.
-        k_dense, v_dense: [batch, heads, 1 + sink_tokens + residual_window, head_dim], as in `tqc.format`.
+        k_dense, v_dense: [batch, heads, rows, head_dim]; token t is row t where t < sink_tokens, else row
+            sink_tokens + (t - sink_tokens) % residual_window if it is not packed. Behind these rows, a centred format
+            has the head's centre and its balance (ones where none is chosen); a plain one has no more rows. `rows` is
+            `PackedFormat.dense_rows`, or fewer while no sequence has a packed token.
         page_table: int32 [batch, n]; page p of sequence b is page p % block_pages of block
             `page_table[b, p // block_pages]`. Entries behind the packed tokens are not read.
-        lengths: int32 [batch], tokens stored; as many of them are packed as `PackedFormat.packed_tokens` says.
+        lengths: int32 [batch], tokens stored; as many of them are packed as `PackedFormat.packed_tokens` says. None of
+            them is dropped: column c is token c.
         padding: int32 [batch], how many of the first tokens are padding that nothing attends to.
         attn_mask: columns of sequence b are its stored tokens, then the new ones, then nothing.
         The rest is as in `tqc.ops.attend`.
 
     Returns:
         Output and log-sum-exp as `tqc.ops.attend` does.
+
+    Raises:
+        ValueError: if shapes do not fit, or if a format drops tokens (`keep`).
     """
     if lengths.shape != (query.shape[0],) or page_table.ndim != 2 or page_table.shape[0] != query.shape[0]:
         raise ValueError(
             f"page_table must be [batch, n] and lengths [batch] for a query of batch {query.shape[0]}; "
             f"got {tuple(page_table.shape)} and {tuple(lengths.shape)}"
         )
+    for spec in (k_spec, v_spec):
+        if PackedFormat.parse(spec).keep is not None:
+            raise ValueError(f"pages of a table hold all tokens, spec must have no keep, got {spec!r}")
     storage = {
         **_NO_STORAGE,
         **_pages("k", k_pool, 0, k_pool.stride(1), k_pool.stride(0)),
         **_pages("v", v_pool, 0, v_pool.stride(1), v_pool.stride(0)),
-        "k_dense": k_dense.contiguous(),
-        "v_dense": v_dense.contiguous(),
+        **_dense("k", k_dense),
+        **_dense("v", v_dense),
         "table": page_table,
         "table_step": page_table.stride(0),
         "lengths": lengths,
@@ -128,8 +141,8 @@ def attend_paged(
 @cache
 def _formats(k_spec: str, v_spec: str) -> tuple[TileFormat, TileFormat]:
     k_fmt, v_fmt = PackedFormat.parse(k_spec), PackedFormat.parse(v_spec)
-    if (k_fmt.sink_tokens, k_fmt.residual_window) != (v_fmt.sink_tokens, v_fmt.residual_window):
-        raise ValueError(f"keys and values must have one sink_tokens and residual_window, got {k_spec} and {v_spec}")
+    if any(getattr(k_fmt, name) != getattr(v_fmt, name) for name in SHARED_FIELDS):
+        raise ValueError(f"keys and values must have one {', '.join(SHARED_FIELDS)}; got {k_spec} and {v_spec}")
     return TileFormat.of(k_fmt), TileFormat.of(v_fmt)
 
 
@@ -240,6 +253,12 @@ def _attend(
 def _pages(side: str, pages: Tensor, batch: int, head: int, page: int) -> dict[str, Any]:
     """Kernel arguments for pages of these strides; the kernel steps from page to page by 16 bytes."""
     return {f"{side}_pages": pages, **_strides(f"{side}_page", (batch, head, page // 16), "step")}
+
+
+def _dense(side: str, dense: Tensor) -> dict[str, Any]:
+    """Kernel arguments for dense rows."""
+    dense = dense.contiguous()
+    return {f"{side}_dense": dense, f"{side}_dense_head": dense.shape[2] * dense.shape[3]}
 
 
 def _strides(name: str, strides: Sequence[int], last: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ once for the group) and one share of the packed tokens. It rotates its queries, 
 summed, and, if it is the last share, goes on over the dense slots and the new tokens. With several shares
 `merge_kernel` joins them by their log-sum-exps.
 
-No size depends on how many tokens are stored: that is read on the device, so a launch can be part of a CUDA graph.
+Columns count from the first token that is held. No size depends on how many tokens are stored: that is read on the device, so a launch can be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqc.lowering.triton.decode import (
     token_scales,
 )
 from tqc.lowering.triton.format import PAGE, tile_format
+from tqc.lowering.triton.placement import head_balance, head_centre, oldest_page, page_at, slot_of, stored_tokens
 from tqc.lowering.triton.tile import (
     LOG2E,
     capped,
@@ -39,39 +40,10 @@ from tqc.lowering.triton.tile import (
 
 
 @triton.jit
-def _stored(k_state, v_state, lengths, start, b, fmt: tl.constexpr):
-    """(tokens stored, of which packed, position of the first new token, whether keys and values agree)."""
-    if lengths is not None:
-        length = tl.load(lengths + b).to(tl.int64)
-        over = length - fmt.sink_tokens - fmt.residual_window
-        packed = (tl.maximum(over, 0) + PAGE - 1) // PAGE * PAGE
-        return length, packed, length, length == length
-    else:
-        length = tl.load(k_state)
-        packed = tl.load(k_state + 1)
-        v_length = tl.load(v_state)
-        first = tl.maximum(length, v_length)
-        if start is not None:
-            first = tl.load(start).to(tl.int64)
-        return tl.minimum(length, first), packed, first, tl.minimum(length, first) == tl.minimum(v_length, first)
-
-
-@triton.jit
-def _page_at(index, step, paging):
-    """Where pages `index` of a head begin, none behind its last, in units of 16 bytes. step: from page to page."""
-    table, of_sequence, block_pages, last_page = paging
-    index = tl.minimum(index, last_page)
-    if table is not None:
-        block = tl.load(table + of_sequence + index // block_pages).to(tl.int64)
-        index = block * block_pages + index % block_pages
-    return index * step
-
-
-@triton.jit
 def _tile_scale_parts(pages, first_page, step, paging, TILE: tl.constexpr):
     """`scale_parts` of the tile whose first page is `first_page`."""
     place = tl.arange(0, TILE)
-    return scale_parts(pages, _page_at(first_page + place // PAGE, step, paging), place % PAGE)
+    return scale_parts(pages, page_at(first_page + place // PAGE, step, paging), place % PAGE)
 
 
 @triton.jit
@@ -88,22 +60,16 @@ def _packed_scores(
     EXACT: tl.constexpr = q.dtype == tl.float32
     # In float32 an operand takes up to four times the registers.
     PARTS: tl.constexpr = max(fmt.columns // 32, 1) if EXACT else 1
-    at = _page_at(first_page + place // PAGE, step, paging)
+    at = page_at(first_page + place // PAGE, step, paging)
     scores = dot_by_parts(levels_tile(pages, at, place % PAGE, levels, fmt, EXACT), q, PARTS)
     scores = tl.maximum(scores, scores * (1.0 + fmt.score_stretch) - deducted[None, :]) * scales[:, None]
     if fmt.centred:
-        at = _page_at(first_page + tl.arange(0, TILE // PAGE), step, paging)
+        at = page_at(first_page + tl.arange(0, TILE // PAGE), step, paging)
         of_page = dot_by_parts(centre_codes(pages, at, fmt).to(q.dtype), q, PARTS)
         of_page = of_page * centre_unit(pages, at)[:, None] + bias[None, :]
         of_page = tl.broadcast_to(of_page[:, None, :], (TILE // PAGE, PAGE, q.shape[1]))
         scores += of_page.reshape(TILE, q.shape[1])
     return scores
-
-
-@triton.jit
-def _dense_rows(dense, head, fmt: tl.constexpr):
-    """Where a head's centre, slots behind it, begins. Asked for where it is used: what is kept costs registers."""
-    return dense + head * (fmt.dense_rows * fmt.head_dim)
 
 
 @triton.jit
@@ -161,14 +127,18 @@ def attend_kernel(
     k_page_batch,
     k_page_head,
     k_page_step,
+    k_num_pages,
     v_pages,
     v_page_batch,
     v_page_head,
     v_page_step,
+    v_num_pages,
     table,
     table_step,
     k_dense,
+    k_dense_head,
     v_dense,
+    v_dense_head,
     k_state,
     v_state,
     lengths,
@@ -214,6 +184,9 @@ def attend_kernel(
     """See `tqc.ops.attend`. Grid: (blocks of rows, batch * heads, SHARES).
 
     Args:
+        k_num_pages, v_num_pages: for how many pages there is room in formats that drop tokens, so that pages wrap;
+            else None.
+        k_dense_head, v_dense_head: strides of the heads in `dense`, contiguous.
         table: int32 [batch, ...], the block of BLOCK_PAGES pages that holds each part of a sequence, or None.
         lengths: int32 [batch], tokens stored, in place of the states, or None.
         padding: int32 [batch], columns at the left that nothing attends to, or None.
@@ -235,7 +208,11 @@ def attend_kernel(
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     share = tl.program_id(2)
-    stored, packed, first, agree = _stored(k_state, v_state, lengths, start, b, k_fmt)
+    stored, packed, begin, first, agree = stored_tokens(k_state, v_state, lengths, start, b, k_fmt)
+    # From here on these two are columns.
+    coded = (tl.minimum(packed, stored - k_fmt.sink_tokens)).to(tl.int32)
+    stored -= begin
+    first -= begin
     hidden = 0
     if padding is not None:
         hidden = tl.load(padding + b)
@@ -246,14 +223,22 @@ def attend_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((V_WIDTH, ROWS), tl.float32)
 
-    # The packed tokens.
-    coded = tl.maximum(tl.minimum(packed, stored - k_fmt.sink_tokens), 0).to(tl.int32)
-    tiles = tl.cdiv(coded, TILE)
+    # The packed tokens, in tiles that begin at the oldest page.
+    origin = k_fmt.sink_tokens  # its column
+    oldest = 0
+    if k_num_pages is not None:
+        oldest = oldest_page(begin, k_fmt)
+        coded -= (oldest * PAGE).to(tl.int32)
+        origin = (k_fmt.sink_tokens + oldest * PAGE - begin).to(tl.int32)
+    tiles = tl.cdiv(tl.maximum(coded, 0), TILE)
     each = tl.cdiv(tiles, tl.maximum(SHARES - 1, 1))
     tile_first = share * each
     tile_end = tl.minimum(tile_first + each, tiles)
     if tile_first < tile_end:
-        q, factor, energy = rotated(_row_address(query, q_strides, b, q_head, i), row_valid, k_rotation, k_fmt, EXACT)
+        k_own = k_dense + (b * heads + h) * k_dense_head
+        v_own = v_dense + (b * heads + h) * v_dense_head
+        at_query = _row_address(query, q_strides, b, q_head, i)
+        q, factor, energy = rotated(at_query, row_valid, k_rotation, k_own, k_fmt, EXACT)
         deducted = tl.where(factor > 0, tl.sqrt(energy) / factor, 0.0) * k_fmt.score_stretch
         if scale < 0:
             q = -q
@@ -261,11 +246,9 @@ def attend_kernel(
         factor *= scale * LOG2E
         k_element, k_exists = column_element(k_fmt)
         v_element, v_exists = column_element(v_fmt)
-        k_head = _dense_rows(k_dense, b * heads + h, k_fmt)
-        v_head = _dense_rows(v_dense, b * heads + h, v_fmt)
         bias = tl.zeros((ROWS,), tl.float32)
         if k_fmt.centred:
-            centre = tl.load(k_head + k_element, mask=k_exists, other=0).to(tl.float32)
+            centre = tl.load(head_centre(k_own, k_fmt) + k_element, mask=k_exists, other=0).to(tl.float32)
             bias = tl.sum(q.to(tl.float32) * centre[:, None], axis=0)
         summed = tl.zeros((V_COLUMNS, ROWS), tl.float32)
         # Sums of weights over the places in a tile that one lane holds: lanes are added up once, behind the loop.
@@ -277,25 +260,29 @@ def attend_kernel(
         of_tile = tl.arange(0, PAGES)
         k_of_head = k_pages + b * k_page_batch + h * k_page_head
         v_of_head = v_pages + b * v_page_batch + h * v_page_head
-        paging = (table, b * table_step, BLOCK_PAGES, (coded - 1) // PAGE)
+        last = (coded - 1) // PAGE
+        k_paging = (table, b * table_step, BLOCK_PAGES, last, k_num_pages, slot_of(oldest, k_num_pages))
+        v_paging = (table, b * table_step, BLOCK_PAGES, last, v_num_pages, slot_of(oldest, v_num_pages))
         # Scales are fetched a tile ahead by hand: single bytes are no part of Triton's pipeline.
         page = tile_first * PAGES
-        k_code, k_base = _tile_scale_parts(k_of_head, page, k_page_step, paging, TILE)
-        v_code, v_base = _tile_scale_parts(v_of_head, page, v_page_step, paging, TILE)
-        v_bases = page_base(v_of_head, _page_at(page + of_tile, v_page_step, paging))
+        k_code, k_base = _tile_scale_parts(k_of_head, page, k_page_step, k_paging, TILE)
+        v_code, v_base = _tile_scale_parts(v_of_head, page, v_page_step, v_paging, TILE)
+        v_bases = page_base(v_of_head, page_at(page + of_tile, v_page_step, v_paging))
         for tile in range(tile_first, tile_end):
             page = tile * PAGES
             inside = place < coded - tile * TILE
             scales = token_scales(k_code, k_base)
-            k_code, k_base = _tile_scale_parts(k_of_head, page + PAGES, k_page_step, paging, TILE)
+            k_code, k_base = _tile_scale_parts(k_of_head, page + PAGES, k_page_step, k_paging, TILE)
             scores = _packed_scores(
-                k_of_head, page, k_page_step, paging, k_levels, scales, q, bias, deducted, k_fmt, TILE
+                k_of_head, page, k_page_step, k_paging, k_levels, scales, q, bias, deducted, k_fmt, TILE
             )
             scores = scores * factor[None, :]
-            column = (place + (k_fmt.sink_tokens + tile * TILE)).to(tl.int64)
+            column = (place + (origin + tile * TILE)).to(tl.int64)
             shown = inside
+            if k_num_pages is not None:
+                shown = inside & (column >= 0)
             if padding is not None:
-                shown = inside & (column >= hidden)
+                shown = shown & (column >= hidden)
             scores = visible(capped(scores, softcap), column, shown, sight, CAUSAL == 2)
             weights, before, m = softmax_step(scores, m)
             sums = sums * before[None, :] + tl.sum(weights.reshape(TILE // PLACES, PLACES, ROWS), axis=0)
@@ -305,9 +292,9 @@ def attend_kernel(
                 unit, inverse = power_of_two(tl.max(v_bases, axis=0))
                 v_base *= inverse
             scales = tl.where(inside, token_scales(v_code, v_base), 0.0)
-            v_code, v_base = _tile_scale_parts(v_of_head, page + PAGES, v_page_step, paging, TILE)
-            v_bases = page_base(v_of_head, _page_at(page + PAGES + of_tile, v_page_step, paging))
-            at = _page_at(page + of_token, v_page_step, paging)
+            v_code, v_base = _tile_scale_parts(v_of_head, page + PAGES, v_page_step, v_paging, TILE)
+            v_bases = page_base(v_of_head, page_at(page + PAGES + of_tile, v_page_step, v_paging))
+            at = page_at(page + of_token, v_page_step, v_paging)
             levels = levels_tile(v_of_head, at, in_page, v_levels, v_fmt, EXACT)
             if SAVE_REGISTERS and not EXACT:
                 levels = opaque(levels)
@@ -315,12 +302,14 @@ def attend_kernel(
             part = dot(levels.T, (weights * scales[:, None]).to(levels.dtype)) * unit
             if v_fmt.centred:
                 codes = centre_codes(v_of_head, at, v_fmt).to(tl.float32) * centre_unit(v_of_head, at)[:, None]
-                centre = tl.load(v_head + v_element, mask=v_exists, other=0).to(tl.float32)
+                centre = tl.load(head_centre(v_own, v_fmt) + v_element, mask=v_exists, other=0).to(tl.float32)
                 centres = tl.where(inside[:, None], codes + centre[None, :], 0.0).to(query.dtype.element_ty)
                 part += dot(centres.T, weights.to(query.dtype.element_ty))
             summed = summed * before[None, :] + part
         total = tl.sum(sums, axis=0)
         acc = unrotated(tl.where(v_exists[:, None], summed, 0.0), v_rotation, v_fmt, V_WIDTH, EXACT)
+        if v_fmt.centred:
+            acc *= head_balance(v_own, tl.arange(0, V_WIDTH), v_fmt)[:, None]
 
     # Computed anew, by way of a zero that compilers do not see: what is kept over the loop costs registers.
     if SAVE_REGISTERS:
@@ -347,14 +336,16 @@ def attend_kernel(
         q = tl.load(q_address[None, :] + d[:, None], mask=exists, other=0)
         # The slots: first tokens and the ring of recent ones, in the order in which they lie.
         WINDOW: tl.constexpr = k_fmt.residual_window
-        k_slots = _dense_rows(k_dense, b * heads + h, k_fmt) + k_fmt.head_dim
-        v_slots = _dense_rows(v_dense, b * heads + h, v_fmt) + v_fmt.head_dim
+        k_slots = k_dense + (b * heads + h) * k_dense_head
+        v_slots = v_dense + (b * heads + h) * v_dense_head
         for at in range(0, k_fmt.sink_tokens + WINDOW, DENSE_TILE):
             slot = at + tl.arange(0, DENSE_TILE)
             behind = slot - k_fmt.sink_tokens - packed.to(tl.int32) % WINDOW
             recent = k_fmt.sink_tokens + packed + tl.where(behind < 0, behind + WINDOW, behind)
-            column = tl.where(slot < k_fmt.sink_tokens, slot, recent).to(tl.int64)
+            column = tl.where(slot < k_fmt.sink_tokens, slot, recent).to(tl.int64) - begin
             inside = (column < stored) & (slot < k_fmt.sink_tokens + WINDOW)
+            if k_num_pages is not None:
+                inside = inside & (column >= 0)
             m, total, acc = _dense_step(
                 q, k_slots + slot * k_fmt.head_dim, v_slots + slot * v_fmt.head_dim, column, inside, hidden, sight,
                 m, total, acc, k_fmt.head_dim, v_fmt.head_dim, scale, softcap, CAUSAL == 2,
@@ -392,28 +383,3 @@ def attend_kernel(
     tl.store(
         lse + ((share * batch + b) * q_heads + q_head) * rows + i, tl.where(total == 0, float("-inf"), log), row_valid
     )
-
-
-@triton.jit
-def merge_kernel(
-    parts, part_lse, out, lse, q_heads, rows, batch, HEAD_DIM: tl.constexpr, SHARES: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Join the shares of one query row: parts float32 [SHARES, batch, rows, q_heads, HEAD_DIM], part_lse in log2
-    [SHARES, batch, q_heads, rows]; out and lse as in `attend_kernel` with one share. Grid: batch * rows * q_heads."""
-    at = tl.program_id(0).to(tl.int64)
-    head = at % q_heads
-    row = at // q_heads % rows
-    b = at // q_heads // rows
-    lse_at = (b * q_heads + head) * rows + row
-    share = tl.arange(0, WIDTH)
-    count = (batch * rows * q_heads).to(tl.int64)
-    logs = tl.load(part_lse + share * count + lse_at, mask=share < SHARES, other=float("-inf"))
-    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
-    top = tl.max(logs, axis=0)
-    weights = tl.exp2(logs - tl.where(top == float("-inf"), 0.0, top))
-    address = parts + (share[:, None] * count + at) * HEAD_DIM + d[None, :]
-    values = tl.load(address, mask=(share < SHARES)[:, None] & (d < HEAD_DIM)[None, :], other=0)
-    total = tl.sum(weights, axis=0)
-    result = tl.sum(values * weights[:, None], axis=0) / tl.where(total == 0, 1.0, total)
-    tl.store(out + at * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
-    tl.store(lse + lse_at, tl.where(total == 0, float("-inf"), (top + tl.log2(total)) / LOG2E))

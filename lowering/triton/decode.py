@@ -25,6 +25,7 @@ from tqc.lowering.triton.format import (
     SCALE_STEPS,
     SCALE_ZERO,
 )
+from tqc.lowering.triton.placement import head_balance, head_centre
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -342,11 +343,11 @@ def power_of_two(x):
 
 
 @triton.jit
-def decode_page(page, centre, levels, matrix, gain, fmt: tl.constexpr):
+def decode_page(page, dense, levels, matrix, gain, fmt: tl.constexpr):
     """The 32 tokens of a page, float32 [32, D].
 
     Args:
-        centre: pointer to the head's.
+        dense: pointer to the head's rows, with its centre and balance.
         matrix, gain: `transposed_rotation` and `rotation_gain` of `tables`.
     """
     D: tl.constexpr = triton.next_power_of_2(fmt.head_dim)
@@ -356,15 +357,18 @@ def decode_page(page, centre, levels, matrix, gain, fmt: tl.constexpr):
     x = tl.zeros([PAGE, D], tl.float32)
     for e in range(0, D, STEP):
         element = e + tl.arange(0, STEP)
-        y = _decode_elements(page, centre, element, levels, fmt)
+        y = _decode_elements(page, dense, element, levels, fmt)
         inside = (element < fmt.head_dim)[:, None] & (column < fmt.head_dim)[None, :]
         m = tl.load(matrix + column[None, :] * fmt.head_dim + element[:, None], mask=inside, other=0.0)
         x = tl.dot(y, m.to(tl.float32), x, input_precision="tf32x3")
-    return x * gain
+    x *= gain
+    if fmt.centred:
+        x *= head_balance(dense, column, fmt)[None, :]
+    return x
 
 
 @triton.jit
-def _decode_elements(page, centre, element, levels, fmt: tl.constexpr):
+def _decode_elements(page, dense, element, levels, fmt: tl.constexpr):
     """Elements `element` [E] of a page's 32 tokens, rotated, float32 [32, E]: a plain way, for a page now and then."""
     token = tl.arange(0, PAGE)
     inside = element < fmt.head_dim
@@ -379,7 +383,8 @@ def _decode_elements(page, centre, element, levels, fmt: tl.constexpr):
     if fmt.centred:
         step = tl.load(header + 1)
         nibble = _load_plane(page + fmt.centre_offset, tl.zeros([1], tl.int32), element, 4, fmt).to(tl.float32)
-        y += (nibble - 8.0) * step + tl.load(centre + element, mask=inside, other=0.0).to(tl.float32)[None, :]
+        centre = tl.load(head_centre(dense, fmt) + element, mask=inside, other=0.0).to(tl.float32)
+        y += (nibble - 8.0) * step + centre[None, :]
     return tl.where(inside[None, :], y, 0.0)
 
 

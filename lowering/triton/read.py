@@ -23,10 +23,13 @@ def read(
     out = torch.empty(batch, heads, length, fmt.head_dim, dtype=dense.dtype, device=dense.device)
     if out.numel() == 0:
         return out
-    grid = (1 + triton.cdiv(max(length - fmt.sink_tokens, 0), PAGE_TOKENS), batch * heads)
+    # Where tokens are dropped, the first one that is held may be no sink, and may be the last one of its page.
+    behind = max(length - fmt.sink_tokens, 0) if fmt.keep is None else length + PAGE_TOKENS - 1
+    grid = (1 + triton.cdiv(behind, PAGE_TOKENS), batch * heads)
     kernel = read_kernel if tables is None else wrap_triton(read_kernel)
     matrix, levels = tables or read_tables(spec, dense.device)
     pages, dense = pages.contiguous(), dense.contiguous()
     warps = 8 if fmt.head_dim > 128 else 4
-    kernel[grid](pages, dense, state, matrix, levels, out, length, pages.shape[2], spec, num_warps=warps)
+    stored = (pages, dense, dense.shape[2] * fmt.head_dim, state)
+    kernel[grid](*stored, matrix, levels, out, length, pages.shape[2], spec, num_warps=warps)
     return out

@@ -48,8 +48,9 @@ def transposed_rotation(fmt: PackedFormat, dtype: torch.dtype, device: torch.dev
     matrix = fmt.rotation_matrix().T
     if not _exact_in_halves(fmt, dtype):
         return matrix.to(device).contiguous()
-    # The interpreter, on a CPU, has no products of bfloat16.
-    exact = torch.float32 if device.type == "cpu" else dtype
+    # Balanced vectors come as sums of bfloat16 numbers. The interpreter, on a CPU, has no products of these.
+    half = torch.bfloat16 if fmt.centred else dtype
+    exact = torch.float32 if device.type == "cpu" else half
     return (matrix.sign() * 2.0 ** -(fmt.head_dim.bit_length() // 2)).to(device, exact).contiguous()
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from tqc.lowering.triton.decode import INTERPRET, column_element
+from tqc.lowering.triton.placement import head_balance
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -57,13 +58,24 @@ def normalized(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
-    """R q for rows of queries, in the column order of a tile.
+def _query_part(address, valid, dense, element, fmt: tl.constexpr):
+    """Elements [n] of queries, balanced, float32 [n, rows]; arguments as of `rotated`."""
+    mask = valid[None, :] & (element < fmt.head_dim)[:, None]
+    part = tl.load(address[None, :] + element[:, None], mask=mask, other=0).to(tl.float32)
+    if fmt.centred:
+        part *= head_balance(dense, element, fmt)[:, None]
+    return part
+
+
+@triton.jit
+def rotated(address, valid, rotation, dense, fmt: tl.constexpr, EXACT: tl.constexpr):
+    """R q for rows of queries, in the column order of a tile; for centred formats q is times the head's balance.
 
     Args:
         address: pointers to the first element of each row, [rows].
         valid: which rows there are.
         rotation: pointer to sqrt(head_dim) R, [head_dim, head_dim], in float16 (float32 with EXACT).
+        dense: as `head_balance` takes it.
 
     Returns:
         R q / factor [columns, rows] in the dtype of `rotation`, factor [rows], and |q|**2 [rows].
@@ -76,8 +88,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
         peak += 1.0
     else:
         for start in range(0, fmt.head_dim, CHUNK):
-            d = start + tl.arange(0, CHUNK)[:, None]
-            part = tl.load(address[None, :] + d, mask=valid[None, :] & (d < fmt.head_dim), other=0).to(tl.float32)
+            part = _query_part(address, valid, dense, start + tl.arange(0, CHUNK), fmt)
             peak = tl.maximum(peak, tl.max(tl.abs(part), axis=0))
         peak = tl.where(peak > 0, peak, 1.0)
     product = tl.zeros((COLUMNS, address.shape[0]), tl.float32)
@@ -85,7 +96,7 @@ def rotated(address, valid, rotation, fmt: tl.constexpr, EXACT: tl.constexpr):
     for start in range(0, fmt.head_dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
         inside = d < fmt.head_dim
-        part = tl.load(address[None, :] + d[:, None], mask=valid[None, :] & inside[:, None], other=0).to(tl.float32)
+        part = _query_part(address, valid, dense, d, fmt)
         energy += tl.sum(part * part, axis=0)
         matrix = tl.load(
             rotation + element[:, None] * fmt.head_dim + d[None, :], mask=exists[:, None] & inside[None, :], other=0

@@ -32,6 +32,8 @@ class CacheWrite:
         positions: for "write", where: a node of int64 [n], or the first position (a node or an int).
         counted: for "write", whether `positions` are known to be consecutive.
         prefix: for "write", how many tokens of the preallocated tensor attention reads; None for all.
+        kept: for "grow", what of `node` stays cached where it is its last tokens alone (a sliding window); else None.
+        keep: how many tokens that are at most; None for all.
     """
 
     kind: str
@@ -42,6 +44,13 @@ class CacheWrite:
     positions: Any = None
     counted: bool = False
     prefix: Any = None
+    kept: Node | None = None
+    keep: int | None = None
+
+    @property
+    def leaves(self) -> Node:
+        """For "grow", the node that is cached."""
+        return self.kept or self.node
 
     @property
     def packed(self) -> bool:
@@ -197,27 +206,45 @@ def _match_cat(node: Node) -> CacheWrite | str:
         return f"new keys or values have {example(new).dim()} dimensions, not 4"
     if writers(node) or writers(past):
         return "the cache is also written in place"
-    empty = example(past).numel() == 0 if not is_packed(past) else False
-    if empty:
-        return CacheWrite("grow", node, None, new)
+    kept, keep = _kept(node)
+    if not is_packed(past) and example(past).numel() == 0:
+        return CacheWrite("grow", node, None, new, kept=kept, keep=keep)
     if past.op != "placeholder" and (whole := _part_of(past)) and whole.op == "placeholder":
         return "attention reads a part of the cache and new tokens (a sliding window: cut, then concatenated)"
     if past.op != "placeholder":
         return "the cache before the concatenation is not an input of the graph"
     if example(past).dtype != example(new).dtype:
         return f"the cache is {example(past).dtype} and new tokens are {example(new).dtype}"
-    return CacheWrite("grow", node, past, new)
+    return CacheWrite("grow", node, past, new, kept=kept, keep=keep)
+
+
+def _kept(node: Node) -> tuple[Node | None, int | None]:
+    """The slice `node[:, :, -keep:]` that leaves the graph where `node` does not, and `keep`."""
+    if any(user.op == "output" for user in node.users):
+        return None, None
+    for user in node.users:
+        part = _along_length(user)
+        leaves = bool(user.users) and all(reader.op == "output" for reader in user.users)
+        if leaves and part and isinstance(part.start, int) and part.start < 0 and part.stop is None:
+            return user, -part.start
+    return None, None
+
+
+def _along_length(node: Node) -> slice | None:
+    """`part` of `tensor[:, :, part]` or `tensor[:, :, part, :]`, without a stride."""
+    index = node.args[1] if calls(node, operator.getitem) else None
+    if not isinstance(index, tuple) or len(index) not in (3, 4):
+        return None
+    if any(part != _FULL for part in (*index[:2], *index[3:])):
+        return None
+    part = index[2]
+    return part if isinstance(part, slice) and part.step in (None, 1) else None
 
 
 def _strip_prefix(node: Node) -> tuple[Node, Any]:
     """`cache[:, :, :stop]` or `cache[:, :, :stop, :]`: the cache and `stop`; of anything else, itself and None."""
-    if not calls(node, operator.getitem) or not isinstance(node.args[1], tuple):
-        return node, None
-    index = node.args[1]
-    if len(index) not in (3, 4) or any(part != _FULL for part in (*index[:2], *index[3:])):
-        return node, None
-    part = index[2]
-    if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1) or part.stop is None:
+    part = _along_length(node)
+    if part is None or part.start not in (None, 0) or part.stop is None:
         return node, None
     return node.args[0], part.stop
 

@@ -33,7 +33,8 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
     Where the cache is preallocated, `k_cache.index_copy_(2, positions, key)` becomes `keys = write(k_cache, key,
     positions, ...)` and, at the end of the graph, `update(k_cache, keys)`. A cache that is only read, or that another
     site has extended in this call, is attended to without new tokens. Where two sites extend one cache in different
-    ways, the second extends a `fork` of it.
+    ways, the second extends a `fork` of it. A cache that keeps the last tokens alone (`keys[:, :, -511:]` is returned)
+    does so by its format: `extend` drops what leaves it, and a second site looks at a `fork` from before.
 
     Must run before `pack_cache` and `read_cache`: it needs the cache writes as the model spelled them.
     """
@@ -50,7 +51,7 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
                 combined[masks] = combine_masks(gm.graph, site.attention, _columns(gm, site))
             mask = combined[masks]
             for cache in (site.key, site.value):
-                if cache.past in consumed and cache.node not in stored:
+                if cache.past in consumed and (cache.node not in stored or cache.keep is not None):
                     with gm.graph.inserting_before(consumed[cache.past]):
                         cache.past = insert(gm.graph, ops.fork, cache.past)
             out = _attend(gm.graph, site, mask, stored)
@@ -72,6 +73,8 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
         new = stored[write]
         if cache.kind == "write":
             _replace_write(cache, new)
+        elif cache.kept:
+            cache.kept.replace_all_uses_with(new)
         else:
             write.replace_all_uses_with(new, lambda user, at=position[new]: user not in gone and position[user] > at)
     return len(sites)
@@ -95,8 +98,10 @@ def _attend(graph: Graph, site: Site, mask: Node | None, stored: dict[Node, Node
     assert key and val
     how: dict[str, Any] = {"attn_mask": mask, "sinks": attention.sinks, "scale": attention.scale}
     how |= {"softcap": attention.softcap, "is_causal": attention.is_causal}
-    operands = [query_of(graph, attention), *(stored.get(cache.node, cache.past) for cache in (key, val))]
-    if key.kind != "read" and key.node not in stored:
+    # A sliding window with the new tokens in it has lost some that these still look at.
+    behind = {} if key.keep is not None else stored
+    operands = [query_of(graph, attention), *(behind.get(cache.node, cache.past) for cache in (key, val))]
+    if key.kind != "read" and key.node not in behind:
         operands += [key.new, val.new]
         if key.kind == "write":
             how |= {"positions": key.positions, "counted": key.counted}

@@ -24,6 +24,9 @@ def pack_cache(gm: GraphModule, plan: Plan) -> int:
         out = attention(query, key, ...)
         return (pack(key, spec), f(out))
 
+    Where the cache keeps the last tokens alone (`cat([empty, key], -2)[:, :, -511:]` is returned, and attention reads
+    all), so does its format.
+
     A cache that holds dense tokens already (`cat([past, key])`) is packed whole: attention reads it dense this once.
     So is a preallocated one that starts in this graph (`zeros`, then `index_copy_`). One that the caller allocated is
     packed by `adopt` behind its last dense use, and `update` says so at the end of the graph.
@@ -49,7 +52,7 @@ def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str) -> Node:
         where = (write.positions, size(gm.graph, write.past, 2)) if write.kind == "write" else ()
         balanced = {"query": query_of(gm.graph, site.attention)} if write is site.key else {}
         packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where, **balanced))
-    for source in filter(None, (write.node, write.operation)):
+    for source in filter(None, (write.leaves, write.operation)):
         source.replace_all_uses_with(packed, lambda user: user.op == "output")
     if write.kind == "grow" and dense is not write.node:
         write.node.replace_all_uses_with(dense)

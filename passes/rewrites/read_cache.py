@@ -62,6 +62,8 @@ def _torch_users(cache: Node) -> list[Node]:
 
 def _grown(cache: Node) -> Node | None:
     """The concatenation of a packed cache and new tokens that leaves the graph."""
+    if example(cache).fmt.keep is not None:  # what leaves may be longer
+        return None
     for user in cache.users:
         leaves = any(reader.op == "output" for reader in user.users)
         if leaves and calls(user, torch.cat, torch.concat) and isinstance(find_cache(user), CacheWrite):

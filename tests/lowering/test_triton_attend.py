@@ -17,6 +17,7 @@ from tests.lowering.common import (
     draw_arguments,
     drawn,
     filled,
+    make_store,
 )
 from tqc.format import PackedFormat
 from tqc.ops import planes as ops
@@ -35,10 +36,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def formats(k_bits, v_bits, k_dim=64, v_dim=None, k_centred=True, v_centred=False, sinks=4):
+def formats(k_bits, v_bits, k_dim=64, v_dim=None, k_centred=True, v_centred=False, sinks=4, keep=None):
     return (
-        PackedFormat(k_dim, k_bits, k_centred, sinks, 32),
-        PackedFormat(v_dim or k_dim, v_bits, v_centred, sinks, 32),
+        PackedFormat(k_dim, k_bits, k_centred, sinks, 32, keep=keep),
+        PackedFormat(v_dim or k_dim, v_bits, v_centred, sinks, 32, keep=keep),
     )
 
 
@@ -64,9 +65,9 @@ def test_both_centred_or_neither(triton_device):
 @given(data=st.data())
 @settings(drawn, max_examples=12)
 def test_attend(triton_device, data):
-    k_fmt, v_fmt = formats(
-        data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4)), data.draw(st.sampled_from([32, 48, 64]))
-    )
+    keep = data.draw(st.sampled_from([None, None, 20, 70]))
+    k_bits, v_bits, head_dim = data.draw(st.tuples(*[st.integers(1, 4)] * 2, st.sampled_from([32, 48, 64])))
+    k_fmt, v_fmt = formats(k_bits, v_bits, head_dim, v_centred=data.draw(st.booleans()), keep=keep)
     batch, heads, group = data.draw(st.sampled_from([(1, 1, 3), (2, 1, 1), (1, 2, 2)]))
     length = data.draw(st.sampled_from([0, 3, 40, 120]))
     rows = data.draw(st.sampled_from([1, 1, 2, 7, 20]))
@@ -102,7 +103,7 @@ def test_a_vector_that_is_not_finite_spoils_its_head_alone(triton_device, part):
         tokens = torch.randn(1, 2, 100, 32, generator=torch.Generator().manual_seed(0))
         tokens[0, 1, 30, 5] = math.nan
         fmt = k_fmt if part == "k" else v_fmt
-        store = [torch.zeros_like(given[f"{part}_{name}"]).cpu() for name in ("pages", "dense", "state")]
+        store = make_store(1, 2, 100, fmt, torch.float32)
         ops.append(*store, tokens, None, str(fmt))
         given |= {
             f"{part}_{name}": t.to(triton_device) for name, t in zip(("pages", "dense", "state"), store, strict=True)
@@ -114,7 +115,7 @@ def test_a_vector_that_is_not_finite_spoils_its_head_alone(triton_device, part):
 
 def test_keys_and_values_that_disagree_give_nans(triton_device):
     given = arguments(*formats(3, 3, 32), 70, triton_device)
-    given["v_state"] = given["v_state"] - torch.tensor([1, 0], device=triton_device)
+    given["v_state"] = given["v_state"] - torch.tensor([1, 0, 0], device=triton_device)
     with pytest.raises(ValueError, match="agree"):
         ops.attend(**given)
     assert kernels.attend(**given)[0].isnan().all()
@@ -185,11 +186,17 @@ def test_arguments_that_do_not_fit_are_refused(triton_device):
         kernels.attend(**given | {"value": None})
     with pytest.raises(TypeError, match="float16, got torch.float32"):
         kernels.attend(**given | {"query": given["query"].float()})
-    with pytest.raises(ValueError, match="one sink_tokens and residual_window"):
+    with pytest.raises(ValueError, match="one sink_tokens, residual_window, keep"):
         kernels.attend(**given | {"v_spec": str(PackedFormat(32, 3, False, 4, 64))})
     with pytest.raises(ValueError, match="page_table"):
         kernels.attend_paged(
             given["query"], *[given[name] for name in ("k_pages", "k_dense", "v_pages", "v_dense")],
             torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), None, None,
             given["k_spec"], given["v_spec"], scale=1.0,
+        )  # fmt: skip
+    specs = [str(fmt) for fmt in formats(3, 3, 32, keep=64)]
+    with pytest.raises(ValueError, match="no keep, got .*keep64"):
+        kernels.attend_paged(
+            given["query"], *[given[name] for name in ("k_pages", "k_dense", "v_pages", "v_dense")],
+            torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), None, None, *specs, scale=1.0,
         )  # fmt: skip

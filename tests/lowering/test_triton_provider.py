@@ -22,6 +22,7 @@ FMT = PackedFormat(64, 4, True)
         (PackedFormat(8, 4, True), FMT, torch.float32, "cuda", "head_dim"),
         (FMT, PackedFormat(64, 4, True, 4, 96), torch.float32, "cuda", "residual_window"),
         (FMT, PackedFormat(64, 4, True, 8), torch.float32, "cuda", "sink_tokens"),
+        (FMT, PackedFormat(64, 4, True, keep=64), torch.float32, "cuda", "one keep for keys and values"),
     ],
 )
 def test_what_it_cannot_take(k_fmt, v_fmt, dtype, device_type, words):

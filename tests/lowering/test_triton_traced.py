@@ -23,8 +23,8 @@ ops = getattr(torch.ops, traced_ops.NAMESPACE)
 def store(fmt, device, tokens=80):
     parts = [
         torch.zeros(1, 2, 5, fmt.page_bytes, dtype=torch.uint8, device=device),
-        torch.zeros(1, 2, fmt.dense_rows, 64, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
+        fmt.empty_dense(1, 2, fmt.dense_rows, torch.float32, device),
+        torch.zeros(3, dtype=torch.int64, device=device),
     ]
     kernels.append(*parts, torch.randn(1, 2, tokens, 64).to(device), None, fmt.spec)
     return parts
@@ -48,9 +48,9 @@ def test_they_compute_what_the_functions_do(triton_device):
     ops.append_pair(*k, key, *v, value, start, *specs, [*tables[0], *tables[1]])
     for ours, theirs in zip((*k, *v), expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert k[2].tolist() == [81, 64]
+    assert k[2].tolist() == [81, 64, 0]
     ops.append(*k, key, None, specs[0], tables[0])
-    assert k[2].tolist() == [82, 64]
+    assert k[2].tolist() == [82, 64, 0]
     dense = ops.read(*k, 82, specs[0], read_tables(specs[0], device))
     assert torch.equal(dense, kernels.read(*k, 82, specs[0])) and torch.equal(dense[:, :, 81:], key)
 
@@ -93,7 +93,7 @@ def test_arguments_that_do_not_fit_are_refused(triton_device):
     k, new = store(K_FMT, device), torch.zeros(1, 2, 1, 64, device=device)
     with pytest.raises(ValueError, match="does not fit"):
         ops.append(*k, new[:, :1], None, K_FMT.spec, append_tables(K_FMT.spec, torch.float32, device))
-    assert k[2].tolist() == [80, 64]
+    assert k[2].tolist() == [80, 64, 0]
 
 
 @pytest.mark.gpu
@@ -116,7 +116,7 @@ def test_inductor_runs_them():
     wanted = step(query, key, value, *expected)
     actual = torch.compile(step, fullgraph=True)(query, key, value, *stores)
     torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
-    assert stores[2].tolist() == [81, 64]
+    assert stores[2].tolist() == [81, 64, 0]
     for ours, theirs in zip(stores, expected, strict=True):
         assert torch.equal(ours, theirs)
 

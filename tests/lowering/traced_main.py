@@ -94,7 +94,7 @@ def arguments(mode: FakeTensorMode) -> list[torch.Tensor]:
             stores += [
                 torch.empty(1, HEADS, CAPACITY // 32, fmt.page_bytes, dtype=torch.uint8, device="cuda"),
                 torch.empty(1, HEADS, fmt.dense_rows, 128, dtype=DTYPE, device="cuda"),
-                torch.empty(2, dtype=torch.int64, device="cuda"),
+                torch.empty(3, dtype=torch.int64, device="cuda"),
             ]
         start = torch.empty(1, dtype=torch.int64, device="cuda")
         on_gpu = [torch.empty(table.shape, dtype=table.dtype, device="cuda") for table in tables]

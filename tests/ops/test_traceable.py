@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.lowering.common import DTYPES, compare, draw_mask, drawn
 from tests.ops.common import formats, tokens, with_room
 from tqc.format import PackedFormat
-from tqc.ops.planes import packed_pages
 from tqc.ops import Planes, attend, extend, fold, pack, read, rewind, unfold, update, write
+from tqc.ops.planes import packed_pages
 
 CAPACITY = 250
 

@@ -136,8 +136,8 @@ class Storage:
         self.dense = dense
 
     def room_behind(self, begin: int, end: int, count: int) -> Storage:
-        """The storage to append `count` tokens to behind those from `begin` to `end`: this one, or a copy if others read
-        on, or if they would lose what a sliding window drops.
+        """The storage to append `count` tokens to behind those from `begin` to `end`: this one, or a copy if others
+        read on, or if they would lose what a sliding window drops.
 
         Where fewer tokens are stored, a copy with zeros up to there."""
         storage = self._with_just(end)
@@ -171,7 +171,7 @@ class Storage:
     def balance(self, new: Tensor, query: Tensor | None) -> None:
         """Choose the balance of keys for which there is room by now, where the first page is about to be packed."""
         if not self.packed:
-            planes.balance(self.dense, self.length, new, query, self.fmt)
+            planes.choose_balance(self.dense, self.length, new, query, self.fmt)
 
     def copy(self, end: int) -> Storage:
         """A storage of its own with the tokens before position `end`."""

@@ -189,7 +189,7 @@ class PackedFormat:
     def empty_dense(
         self, batch: int, heads: int, rows: int, dtype: torch.dtype, device: torch.device | str
     ) -> torch.Tensor:
-        """`dense` of a cache without tokens, [batch, heads, rows, head_dim]; the balance, if it has that row, is one."""
+        """`dense` of a cache without tokens, [batch, heads, rows, head_dim]; the balance, if it has the row, is one."""
         balances = max(0, rows - self.token_rows - 1)
         zeros = torch.zeros(batch, heads, rows - balances, self.head_dim, dtype=dtype, device=device)
         return torch.cat([zeros, zeros[:, :, :balances] + 1], dim=2) if balances else zeros

@@ -27,7 +27,7 @@ def extend(cache: Planes, new: Tensor, query: Tensor | None = None) -> Planes:
     longer = replace(cache.copy(cache.end + new.shape[2]), length=length)
     start = planes.position(cache.end, new.device)
     if not int(longer.state[1]):
-        planes.balance(longer.dense, cache.end, new, query, cache.fmt)
+        planes.choose_balance(longer.dense, cache.end, new, query, cache.fmt)
     planes.append(*longer.parts, new, start, cache.fmt.spec)
     return longer
 

@@ -38,7 +38,7 @@ def pack(
     """
     cache = _empty(new, spec, start, capacity)
     where = None if start is None else planes.position(start, new.device)
-    planes.balance(cache.dense, 0, new, query, cache.fmt)
+    planes.choose_balance(cache.dense, 0, new, query, cache.fmt)
     planes.append(*cache.parts, new, where, spec)
     return cache
 
@@ -73,7 +73,7 @@ def _(
 ) -> Planes:
     """A tensor `start` must hold 0."""
     cache = _empty(new, spec, start, capacity)
-    planes.balance(cache.dense, 0, new, query, cache.fmt)
+    planes.choose_balance(cache.dense, 0, new, query, cache.fmt)
     if start is not None and not isinstance(start, Tensor):
         new = torch.nn.functional.pad(new, (0, 0, start, 0))
     return traceable.append(cache, new)

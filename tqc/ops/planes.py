@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
-from tqc.format.balance import channel_balance
+from tqc.format.balance import balance
 from tqc.format.quantizer import (
     decode_levels,
     decode_pages,
@@ -79,7 +79,7 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
     state.copy_(torch.tensor([end, packed_after, begin]))
 
 
-def balance(dense: Tensor, stored: int, new: Tensor, query: Tensor | None, fmt: PackedFormat) -> None:
+def choose_balance(dense: Tensor, stored: int, new: Tensor, query: Tensor | None, fmt: PackedFormat) -> None:
     """Choose the balance of each head of keys (see `tqc.format.balance`), in a cache of which nothing is packed yet.
 
     Nothing happens as long as nothing can be packed, or where there are fewer tokens than a page holds.
@@ -93,7 +93,7 @@ def balance(dense: Tensor, stored: int, new: Tensor, query: Tensor | None, fmt: 
     enough = stored + new.shape[2] >= PAGE_TOKENS and dense.shape[2] == fmt.dense_rows
     if query is not None and fmt.centred and enough:
         keys = torch.cat([dense[:, :, :stored], new], dim=2)
-        fmt.head(dense)[:, :, 1] = channel_balance(keys, query)
+        fmt.head(dense)[:, :, 1] = balance(keys, query)
 
 
 def rewind(pages: Tensor, dense: Tensor, packed: int, length: int, fmt: PackedFormat) -> int:
@@ -258,8 +258,9 @@ def attend(
 def correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: PackedFormat) -> Tensor:
     """What attention adds to the scores of packed tokens for their coding error.
 
-    By its codes a token of scale s has the score s p, p = (scale q) . level, q being multiplied by the head's balance. What of p exceeds |scale q| is stretched
-    by D, the error of a coordinate of unit variance: max(0, D s (p - |scale q|)) is added.
+    By its codes a token of scale s has the score s p, p = (scale q) . level, q being multiplied by the head's balance.
+    What of p exceeds |scale q| is stretched by D, the error of a coordinate of unit variance: max(0, D s (p - |scale
+    q|)) is added.
 
     Why: the codes shrink the true s p by 1 - D and add noise of variance (1 - D) v, v = D s^2 |scale q|^2. If keys
     have rho times the variance along q that they have on average, then, given the codes, exp(score) is
