@@ -177,7 +177,7 @@ def test_a_window_is_the_end_of_a_cache_that_drops_nothing(provider, data):
 @given(data=st.data())
 @settings(drawn, max_examples=8)
 def test_balance_divides_what_is_coded_and_multiplies_the_query(provider, data):
-    fmt = replace(data.draw(formats), centred=True, folded=False)
+    fmt = replace(data.draw(formats), centred=True)
     ours, plain = (make_store(2, 2, 400, fmt, torch.float32) for _ in range(2))
     balance = fmt.head(ours[1])[:, :, 1:].clone()
     fmt.head(plain[1])[:, :, 1:] = 1
@@ -186,8 +186,8 @@ def test_balance_divides_what_is_coded_and_multiplies_the_query(provider, data):
     provider.append(*plain, tokens / balance, None, str(fmt))
     assert torch.equal(ours[0], plain[0])
     assert torch.equal(fmt.head(ours[1])[:, :, 0], fmt.head(plain[1])[:, :, 0])
-    stored = provider.read(*ours, 400, str(fmt))
-    scaled = provider.read(*plain, 400, str(fmt)) * balance
+    read = kernels.loaded().read  # folded values as they are stored
+    stored, scaled = read(*ours, 400, str(fmt)), read(*plain, 400, str(fmt)) * balance
     packed = (torch.arange(400) >= fmt.sink_tokens) & (torch.arange(400) < fmt.sink_tokens + int(ours[2][1]))
     assert torch.equal(stored[:, :, packed], scaled[:, :, packed])
     assert torch.equal(stored[:, :, ~packed], tokens[:, :, ~packed])
@@ -301,12 +301,23 @@ def test_arguments_that_do_not_fit_are_refused(provider):
     assert store[2].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("integers", [False, True])
+def test_what_a_dropped_token_holds_spoils_nothing(provider, integers):
+    fmt = PackedFormat(64, 3, True, keep=150)
+    store, tokens = make_store(1, 1, 0, fmt, torch.float32), torch.randn(1, 1, 300, 64)
+    tokens[:, :, 130:150] = math.nan  # pages begin at 132 and 164
+    provider.append(*store, tokens, None, str(fmt))
+    kernels.loaded().use_int8(integers)
+    assert all(x.isfinite().all() for x in attend_to(provider, torch.randn(1, 4, 2, 64), store, store, fmt, fmt))
+    assert provider.read(*store, 150, str(fmt)).isfinite().all()
+
+
 def test_windows_that_do_not_fit_are_refused(provider):
     fmt = PackedFormat(64, 3, True, keep=200)
     store, other = make_store(1, 1, 0, fmt, torch.float32), make_store(1, 1, 0, fmt, torch.float32)
     new = torch.randn(1, 1, 500, 64)
     short = [store[0][:, :, 1:], *store[1:]]
-    provider.append(*short, new[:, :, : 32 * short[0].shape[2]], None, str(fmt))  # as long as no page takes another's slot
+    provider.append(*short, new[:, :, :192], None, str(fmt))  # so far no page takes another's slot
     with pytest.raises(ValueError, match="pages are full: there are 6, 692 tokens take 7"):
         provider.append(*short, new, None, str(fmt))
     provider.append(*other, new, None, str(fmt))
