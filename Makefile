@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python benchmarks/cpu/generate.py
 	$(BIN)/python benchmarks/cpu/generate_peers.py
 	$(BIN)/python benchmarks/quality/peers.py
+	$(BIN)/python benchmarks/quality/stress.py
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/readme.py
 

@@ -56,12 +56,15 @@ def envelope(
 
 
 def command() -> str:
-    """The command line of this process, with paths below the project's folder relative to it."""
-    words = ["python"]
-    for word in (str(Path(sys.argv[0]).resolve()), *sys.argv[1:]):
-        path = Path(word)
-        words.append(str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word)
-    return shlex.join(words)
+    """The command line of this process, with paths below the project's folder relative to it, and no other paths."""
+    return shlex.join(["python", *map(_without_machine, (str(Path(sys.argv[0]).resolve()), *sys.argv[1:]))])
+
+
+def _without_machine(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "PATH"
 
 
 def hardware() -> dict[str, Any]:

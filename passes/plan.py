@@ -195,6 +195,9 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         if not site.reason:
             heads = [example(write.new).shape[-1] for write in (key, val)]
             site.k_fmt, site.v_fmt = config.formats(int(heads[0]), int(heads[1]), key.keep)
+            if key.keep is not None and key.keep <= site.k_fmt.token_rows:
+                recent = f"the {site.k_fmt.token_rows} tokens that stay dense"
+                site.reason = f"the cache keeps {key.keep} tokens (a sliding window), no more than {recent}"
         action = PACK
     if site.reason:
         return

@@ -210,12 +210,41 @@ def test_explain_shows_whole_lines_of_graphs(tiny_model_folder: Path, monkeypatc
     assert "graph 1, fuse_attention:" in out.splitlines()
 
 
+@pytest.fixture
+def spelling_folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with a tokenizer that knows digits and names."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tqc.evaluate.needles import NAMES
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.add_tokens([*"0123456789", *NAMES])
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    folder = tmp_path / "spelling"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_eval_scores_each_setting(tiny_model_folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+def test_eval_scores_each_setting_on_each_model(spelling_folder, tiny_model_folder, monkeypatch, capsys, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("the cache is a tensor that a graph writes and later reads into attention . " * 40)
-    args = ["eval", "k8v8", "k2v2", "-m", str(tiny_model_folder), "--text", str(text), "--tokens", "300"]
-    code, out, err = call(monkeypatch, capsys, *args, "--json")
+    text.write_text("the cache is a tensor that a graph writes and later reads into attention . " * 60)
+    args = ["eval", "k8v8", "k2v2", "--text", str(text), "--tokens", "500", "-m", str(spelling_folder)]
+    code, out, err = call(monkeypatch, capsys, *args, "-m", str(spelling_folder), "--numbers", "2", "--json")
     assert code == 0, err
-    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    first, second = json.loads(out)["evaluations"]
+    assert first == second and first["model"] == str(spelling_folder) and first["numbers"] == 2
+    rows = {row["name"]: row for row in first["rows"]}
     assert 0 <= rows["k8v8"]["kl_mean"] < rows["k2v2"]["kl_mean"]
+    loss = {name: abs(row["numbers_nll"] - rows["dense"]["numbers_nll"]) for name, row in rows.items()}
+    assert 0 < loss["k8v8"] < loss["k2v2"]
+
+    code, out, err = call(monkeypatch, capsys, *args, "--numbers", "50")
+    assert (code, out) == (2, "") and "numbers must be 1 to 32" in err and str(spelling_folder) in err
+    code, out, err = call(monkeypatch, capsys, *args, "-m", "./missing")
+    assert (code, out) == (2, "") and "./missing" in err
+    code, out, err = call(monkeypatch, capsys, *args[:-1], str(tiny_model_folder))
+    assert (code, out) == (2, "") and "tokenizer has the same tokens" in err

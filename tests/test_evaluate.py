@@ -18,16 +18,15 @@ from tqc.config import Config
 from tqc.evaluate.decode import (
     Decoder,
     LayerShape,
-    Passkey,
     Scores,
     all_in_bits,
     chunks,
     decode_in_step,
     measured_bits,
-    passkeys,
 )
 from tqc.evaluate.evaluation import Evaluation, Row, default_text, evaluate, parse_setting
 from tqc.evaluate.peers import PEERS, Peer
+from tqc.evaluate.plot import plot
 from tqc.format import PackedFormat
 
 OPTIONS = {"provider": "reference", "rest": "eager", "residual_window": 32, "bits_k": 3, "bits_v": 3}
@@ -49,7 +48,7 @@ def model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -96,6 +95,7 @@ def test_a_chunk_starts_where_the_next_page_is_packed():
     fmt = PackedFormat(16, 3, True, 4, 96)
     assert list(chunks(180, [fmt])) == [(0, 101), (101, 133), (133, 165), (165, 180)]
     assert list(chunks(150, [])) == [(0, 128), (128, 150)]
+    assert list(chunks(180, [fmt], begin=120)) == [(120, 133), (133, 165), (165, 180)]
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 4])
@@ -197,57 +197,33 @@ def test_settings_that_cannot_be_read(setting):
         parse_setting(setting)
 
 
-# Passkeys
-
-
-def test_passkeys_hide_a_number_at_a_depth():
-    tokenizer = Letters()
-    cases = passkeys(tokenizer, "lorem ipsum " * 100, 600, torch.device("cpu"))
-    assert len({case.number for case in cases}) == len(cases) == 5
-    for case in cases:
-        assert case.context.shape == (1, 600) and case.question.shape[0] == 1
-        text = tokenizer.decode(case.context[0].tolist())
-        assert abs(text.index(case.number) / 600 - case.depth) < 0.15
-
-
-@pytest.mark.parametrize("answer", ["48213", "48231"])
-def test_a_passkey_counts_if_the_answer_holds_it(answer):
-    said = iter([" ", *answer, *" ".join("......")])
-
-    def run(ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
-        logits = torch.zeros(1, ids.shape[1], 96)
-        if ids.shape[1] < 60:  # not the context
-            logits[0, -1, ord(next(said)) % 96] = 1
-        return SimpleNamespace(logits=logits)
-
-    case = Passkey("48213", 0.5, torch.zeros(1, 60, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64))
-    assert case.asked(Decoder("oracle", run, dict), Letters()) == (answer == "48213")
-
-
 # evaluate
 
 
 def test_evaluate(model, tmp_path):
     steps: list[str] = []
-    settings = [OPTIONS, "off"]
+    settings = [OPTIONS, "k1v1:w32", "off"]
     text = "".join(chr(32 + number) for number in torch.randint(0, 90, (600,)).tolist())
-    found = evaluate(model, Letters(), settings, text, 160, 60, 80, on_step=steps.append)
-    dense, packed, off = found.rows
+    found = evaluate(model, Letters(), settings, text, 460, 60, numbers=3, on_step=steps.append)
+    dense, packed, coarse, off = found.rows
     assert (dense.name, packed.name, off.name) == ("dense", "k3v3:w32:s4", "off")
     assert dense.kl_mean == 0 and dense.bits == 32 and dense.bits_4096 == 16 and dense.perplexity_increase == 0
     assert off.kl_mean < 1e-6 and off.bits == 32 and off.bits_4096 == 16 and off.packed_layers == 0
     assert 0 < packed.kl_median < packed.kl_mean < packed.kl_p99 and packed.packed_layers == 2
-    assert packed.bits == packed.cache_bytes * 8 / (160 * 16 * 2 * 2) and 3 < packed.bits_4096 < 4.2
+    assert packed.bits == packed.cache_bytes * 8 / (460 * 16 * 2 * 2) and 3 < packed.bits_4096 < 4.2
     assert 0 < packed.top1_agreement < 1 and packed.perplexity_increase == packed.perplexity / dense.perplexity - 1
-    assert found.passkeys == 5 and packed.passkeys_found is not None
-    assert any("decoding" in step for step in steps) and any("passkey" in step for step in steps)
+    assert found.numbers == 3 and packed.numbers_found is not None
+    assert off.numbers_nll == pytest.approx(dense.numbers_nll, abs=1e-5) and off.numbers_found == dense.numbers_found
+    assert 0 < abs(packed.numbers_nll - dense.numbers_nll) < abs(coarse.numbers_nll - dense.numbers_nll)
+    assert any("decoding" in step for step in steps) and any("k3v3:w32:s4: the number of" in step for step in steps)
 
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
     console = Console(width=140, record=True, file=open(tmp_path / "out", "w"))
     console.print(found)
-    assert "k3v3:w32:s4" in console.export_text()
+    shown = console.export_text()
+    assert "k3v3:w32:s4" in shown and "hidden" in shown and f"{packed.numbers_found} of 3" in shown
     pytest.importorskip("matplotlib")
-    found.plot(tmp_path / "kl.png")
+    plot([found, found], tmp_path / "kl.png")
     assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -256,6 +232,10 @@ def test_evaluate_refuses_what_it_cannot_do(model):
         evaluate(model, Letters(), ["default"], "short")
     with pytest.raises(ValueError, match="tokens must be at least 258"):
         evaluate(model, Letters(), ["default"], tokens=200)
+    with pytest.raises(ValueError, match="tokenizer must be that of the model; got None"):
+        evaluate(model, None, ["default"])
+    with pytest.raises(ValueError, match="numbers must be 1 to 32, or 0 for none; got -1"):
+        evaluate(model, Letters(), ["default"], numbers=-1)
     with pytest.raises(ValueError, match="given twice"):
         evaluate(model, Letters(), ["default", "default"])
     with pytest.raises(ValueError, match="compiled already"):
@@ -273,15 +253,15 @@ def test_peers_that_are_not_installed_say_so(model, monkeypatch):
     absent = Peer("other", (("other-cache", "other_cache"),), lambda model: None)
     broken = Peer("broken", (), lambda model: 1 // 0)
     monkeypatch.setattr("tqc.evaluate.peers.PEERS", (absent, broken))
-    found = evaluate(model, Letters(), [], "some text " * 30, 100, 40, passkey_tokens=0, peers=True)
+    found = evaluate(model, Letters(), [], "some text " * 30, 100, 40, numbers=0, peers=True)
     dense, first, second = found.rows
     assert first.reason == "not installed: other-cache" and first.kl_mean is None
     assert second.reason == "ZeroDivisionError: integer division or modulo by zero"
-    assert not dense.reason and found.passkeys == 0
+    assert not dense.reason and found.numbers == 0
     console = Console(width=140)
     with console.capture() as capture:
         console.print(found)
-    assert "other: not installed: other-cache" in capture.get()
+    assert "other: not installed: other-cache" in capture.get() and "hidden" not in capture.get()
 
 
 def test_a_peer_that_fails_while_decoding_is_left_out(model):
@@ -309,4 +289,4 @@ def test_fp8_peer_runs(model):
 
 def test_plot_without_points(tmp_path):
     pytest.importorskip("matplotlib")
-    Evaluation("m", "float32", 10, 2, 0, 0, [Row("dense", "dense")]).plot(tmp_path / "empty.png")
+    plot([Evaluation("m", "float32", 10, 2, 0, [Row("dense", "dense")])], tmp_path / "empty.png")

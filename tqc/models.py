@@ -48,16 +48,28 @@ def load(model: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     if dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     _require("transformers")
+    source = locate(model)
+    if isinstance(source, Path) and source.is_file():
+        return _load_gguf(source, dtype, embedded=model is None)
+    return _from_pretrained(str(source), dtype)
+
+
+def locate(model: str | None) -> Path | str:
+    """The .gguf file, the folder or the hub id that `model` stands for.
+
+    Raises:
+        ModelError: if it is a path to neither, or the embedded model is not installed.
+    """
     if model is None:
-        return _load_gguf(embedded_gguf(), dtype, embedded=True)
+        return embedded_gguf()
     path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"model {model!r} is a file, but not a .gguf one: give its folder")
-        return _load_gguf(path, dtype)
-    if path.is_dir() or not _looks_like_a_path(model):
-        return _from_pretrained(str(path) if path.is_dir() else model, dtype)
-    raise ModelError(f"model {model!r}: no such file or folder")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(f"model {model!r} is a file, but not a .gguf one: give its folder")
+    if path.is_file() or path.is_dir():
+        return path
+    if _looks_like_a_path(model):
+        raise ModelError(f"model {model!r}: no such file or folder")
+    return model
 
 
 def encode(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:

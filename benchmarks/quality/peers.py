@@ -1,9 +1,9 @@
 """Quality and all-in bits of the presets beside other projects' caches, all decoded through on the same text.
 
     python benchmarks/quality/peers.py                      SmolLM2-135M-Instruct -> benchmarks/results/quality.json
-    python benchmarks/quality/peers.py --biased-keys        with a constant of norm 600 in a few key channels
     python benchmarks/quality/peers.py --tokens 1024        a shorter text
 
+The presets take some ten minutes on one thread, and are written before the peers begin, which take half an hour more.
 The peers' packages go into a virtual environment of their own, build/peers/quality, which sees this one's torch and
 transformers. A package that cannot be installed is named with the reason, and the run goes on without it.
 """

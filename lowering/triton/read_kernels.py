@@ -11,9 +11,7 @@ from tqc.lowering.triton.placement import oldest_page, ring_row, slot_of
 
 
 @triton.jit
-def read_kernel(
-    pages, dense, dense_head, state, matrix, levels, out, length, num_pages, spec: tl.constexpr
-):
+def read_kernel(pages, dense, dense_head, state, matrix, levels, out, length, num_pages, spec: tl.constexpr):
     """Grid: (1 + how many pages hold tokens at most, batch * heads); program 0 copies the sinks.
 
     Args:

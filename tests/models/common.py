@@ -82,7 +82,7 @@ def _spread(model: Any) -> None:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", "LlamaConfig", _DECODER),
-    "mistral": Family("MistralForCausalLM", "MistralConfig", {**_DECODER, "sliding_window": None}),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", {**_DECODER, "sliding_window": 60}),
     "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", _DECODER),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", _DECODER),
@@ -94,9 +94,9 @@ FAMILIES: dict[str, Family] = {
         "GPTJForCausalLM", "GPTJConfig", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
     ),
     "opt": Family("OPTForCausalLM", "OPTConfig", {**_DECODER, "ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_DECODER, **_MIXED, "sliding_window": 24}, 2, 1),
-    "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", {**_DECODER, **_MIXED, "sliding_window": 24}, 2, 1),
-    "gpt_oss": Family("GptOssForCausalLM", "GptOssConfig", {**_DECODER, **_MIXED, **_MOE, "sliding_window": 24}, 2, 1),
+    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_DECODER, **_MIXED, "sliding_window": 60}, 3),
+    "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", {**_DECODER, **_MIXED, "sliding_window": 60}, 3),
+    "gpt_oss": Family("GptOssForCausalLM", "GptOssConfig", {**_DECODER, **_MIXED, **_MOE, "sliding_window": 60}, 3),
     "codegen": Family(
         "CodeGenForCausalLM",
         "CodeGenConfig",

@@ -58,12 +58,28 @@ def test_latents_are_packed_and_decoded(name: str, attn: str) -> None:
         assert [site.action for site in plan.sites] == [READ] * 2
 
 
-def test_sliding_window_layers_say_why() -> None:
-    model = FAMILIES["gemma2"].build("eager")
+def test_a_window_no_longer_than_what_stays_dense_says_so() -> None:
+    model = FAMILIES["gemma2"].build("eager", sliding_window=37)
     with compiled(model) as plans:
         run(model, prompt(1, 50), DynamicCache(config=model.config), splits=(50,))
     assert [site.action for site in plans[0].sites] == [PACK, DENSE, PACK]
-    assert "sliding window" in plans[0].sites[1].reason
+    assert plans[0].sites[1].reason == (
+        "the cache keeps 36 tokens (a sliding window), no more than the 36 tokens that stay dense"
+    )
+
+
+@pytest.mark.parametrize("splits", [(20, 21), (300,), (59, 60, 130), (150, 190, 260)])
+def test_a_window_goes_on_for_long(splits: tuple[int, ...]) -> None:
+    """It fills up token by token or at once, takes chunks longer than itself, and drops whole pages many times."""
+    model, ids = FAMILIES["mistral"].build("sdpa"), prompt(2, 330)
+    theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    expected = run(model, ids, theirs, splits=splits)
+    with compiled(model) as plans:
+        actual = run(model, ids, ours, splits=splits)
+    assert all(site.action in (PACK, FUSE) for plan in plans for site in plan.sites)
+    assert_close(actual, expected, 0.05, "logits")
+    assert_caches_close(ours, theirs, 0.03, packed=2)
+    assert all(layer.keys.shape[2] == 59 for layer in ours.layers)
 
 
 def test_large_key_offsets_survive() -> None:

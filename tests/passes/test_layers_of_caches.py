@@ -143,14 +143,15 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     "name, attn, reason",
     [
-        ("gemma2", "eager", "a sliding window: concatenated, then cut"),
+        ("gemma2", "eager", "the cache keeps 29 tokens (a sliding window), no more than the 36 tokens"),
         ("llama", "sdpa", "the head_dim of the keys is 20, not a multiple of 8"),
     ],
 )
 def test_a_dense_cache_is_said_once(name: str, attn: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    options: dict[str, Any] = {"gemma2": {"layer_types": ["sliding_attention"] * 3}, "llama": {"head_dim": 20}}.get(
-        name, {}
-    )
+    options: dict[str, Any] = {
+        "gemma2": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 30},
+        "llama": {"head_dim": 20},
+    }.get(name, {})
     model = FAMILIES[name].build(attn, **options)
     for _ in range(2):
         with compiled(model) as plans:

@@ -188,15 +188,23 @@ def evaluate(
     settings: Annotated[
         list[str] | None, typer.Argument(help="Presets, or bits like k4v2, with parts like k3v3:w128:s8; all presets.")
     ] = None,
-    model: Model = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="As for `tqc run`, and as often as there are models to evaluate."),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
+    numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
-    plot: Annotated[str | None, typer.Option(help="PNG to draw divergence over bits into.")] = None,
+    plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure how far compressed caches move a model's predictions, decoding a text through each of them."""
+    """Measure how far compressed caches move a model's predictions, and whether it still finds numbers hidden in a
+    text, decoding through each of them."""
+    import torch
+
+    from tqc import models
     from tqc.config import PRESETS
     from tqc.evaluate.evaluation import evaluate as run_evaluation
     from tqc.evaluate.evaluation import parse_setting
@@ -214,23 +222,36 @@ def evaluate(
         raise BadInput(f"--text {text!r} cannot be read: {error.strerror}") from None
     if plot and not Path(plot).parent.is_dir():
         raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
-    with _status("loading the model") as status:
-        loaded, tokenizer = _load(model, dtype)
-        try:
-            result = run_evaluation(
-                loaded, tokenizer, settings, text=content, tokens=tokens, peers=peers, on_step=status.update
-            )
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-    if as_json:
-        print(json.dumps(result.to_dict()))
-    else:
-        from rich import print as rich_print
+    results = []
+    try:
+        for given in model or ():  # before the first takes minutes
+            models.locate(given)
+    except models.ModelError as error:
+        raise BadInput(str(error)) from None
+    names: list[str | None] = [*model] if model else [None]
+    for name in names:
+        with _status("loading the model") as status:
+            loaded, tokenizer = _load(name, dtype)
+            try:
+                result = run_evaluation(
+                    loaded, tokenizer, settings, content, tokens, numbers=numbers, peers=peers, on_step=status.update
+                )
+            except ValueError as error:
+                raise BadInput(f"{error}, with model {name!r}" if name else str(error)) from None
+        torch.compiler.reset()  # graphs of one model do not count against the next
+        result.model = name or models.EMBEDDED_NAME
+        results.append(result)
+        if not as_json:
+            from rich import print as rich_print
 
-        rich_print(result)
+            rich_print(result)
+    if as_json:
+        print(json.dumps({"evaluations": [result.to_dict() for result in results]}))
     if plot:
+        from tqc.evaluate.plot import plot as draw
+
         try:
-            result.plot(plot)
+            draw(results, plot)
         except (OSError, ValueError) as error:
             raise BadInput(f"--plot {plot!r} cannot be written: {error}") from None
 

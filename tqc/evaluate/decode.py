@@ -7,7 +7,6 @@ shows each of them the cache that decoding token by token would: the same packed
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +23,6 @@ from tqc.format import PAGE_TOKENS, PackedFormat
 # Where no cache packs anything, the text starts with a prefill of this many tokens. Caches of transformers quantize
 # what came in 128 tokens at a time: with chunks of 32 behind it they do so at the end of a chunk, as token by token.
 PREFILL_TOKENS = 128
-PASSKEY_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PASSKEY_DIGITS = 5
-PASSKEY_ANSWER_TOKENS = 8
 # All-in bits are compared at this length, in bfloat16.
 BITS_LENGTH = 4096
 
@@ -54,9 +50,9 @@ class Decoder:
     def restart(self) -> None:
         self.cache = self.new_cache()
 
-    def append(self, ids: Tensor) -> Tensor:
+    def append(self, ids: Tensor, **options: Any) -> Tensor:
         """Append `ids` [1, n] to the cache: logits of the next tokens, [n, vocabulary]."""
-        return self.run(ids, past_key_values=self.cache, use_cache=True).logits[0]
+        return self.run(ids, past_key_values=self.cache, use_cache=True, **options).logits[0]
 
     def step(self, ids: Tensor) -> Tensor:
         """Append `ids` [1, n] to the cache: next-token log-probabilities, float32 [n, vocabulary]."""
@@ -94,11 +90,15 @@ class Scores:
         }
 
 
-def chunks(tokens: int, formats: Sequence[PackedFormat], largest: int = PAGE_TOKENS) -> Iterator[tuple[int, int]]:
+def chunks(
+    tokens: int, formats: Sequence[PackedFormat], largest: int = PAGE_TOKENS, begin: int = 0
+) -> Iterator[tuple[int, int]]:
     """Begin and end of the chunks of a text of `tokens` tokens, such that in each of them `packed_tokens(position)` is
-    constant for all `formats`. Chunks have up to `largest` tokens; the first, which sees nothing packed, may have more.
+    constant for all `formats`. Chunks have up to `largest` tokens; one at 0, which sees nothing packed, may have more.
+
+    Args:
+        begin: how many tokens of the text were decoded before.
     """
-    begin = 0
     while begin < tokens:
         if begin:
             limit = min(tokens, begin + largest)
@@ -148,51 +148,16 @@ def decode_in_step(
             except Exception as error:
                 if not decoder.optional:
                     raise
-                failed[decoder.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                failed[decoder.name] = first_line(error)
                 continue
             if len(log_p):
                 scores[decoder.name].add(log_p, log_q, following)
     return scores
 
 
-@dataclass
-class Passkey:
-    """A number hidden in a text. `context` [1, n] is prefilled; `question` [1, m] is decoded through the cache."""
-
-    number: str
-    depth: float
-    context: Tensor
-    question: Tensor
-
-    def asked(self, decoder: Decoder, tokenizer: Any) -> bool:
-        """Whether the greedy answer has the number in it."""
-        decoder.restart()
-        decoder.append(self.context)
-        token = decoder.append(self.question)[-1].argmax()
-        answer = [int(token)]
-        while len(answer) < PASSKEY_ANSWER_TOKENS and self.number not in tokenizer.decode(answer):
-            token = decoder.append(token.reshape(1, 1))[-1].argmax()
-            answer.append(int(token))
-        return self.number in tokenizer.decode(answer)
-
-
-def passkeys(tokenizer: Any, text: str, tokens: int, device: torch.device) -> list[Passkey]:
-    """Texts of `tokens` tokens with a number at each of `PASSKEY_DEPTHS`, from the same filler `text`."""
-
-    def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=False).input_ids
-
-    filler = encode(text[: 16 * tokens])
-    question = torch.tensor([encode("\n\nQuestion: What is the secret number?\nAnswer: The secret number is")])
-    found = []
-    for index, depth in enumerate(PASSKEY_DEPTHS):
-        number = "".join(random.Random(index).choices("123456789", k=PASSKEY_DIGITS))
-        needle = encode(f"\n\nThe secret number is {number}. Remember: the secret number is {number}.\n\n")
-        length = min(len(filler), tokens - len(needle))
-        place = int(depth * length)
-        context = torch.tensor([filler[:place] + needle + filler[place:length]])
-        found.append(Passkey(number, depth, context.to(device), question.to(device)))
-    return found
+def first_line(error: Exception) -> str:
+    """An error as the reason why a cache is left out."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""How far compressed caches move a model's predictions from its dense ones, and how many bits they take.
+"""How far compressed caches move a model's predictions from its dense ones, whether they lose what a text says far
+back, and how many bits they take.
 
 Everything is measured by decoding through the cache (`tqc.evaluate.decode`): the model compiled with backend "tqai"
 and a plain DynamicCache.
@@ -6,7 +7,7 @@ and a plain DynamicCache.
 
 from __future__ import annotations
 
-import os
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,17 +21,16 @@ from tqc.cache.io import cache_bytes
 from tqc.config import PRESETS, Config
 from tqc.evaluate.decode import (
     BITS_LENGTH,
-    PASSKEY_DEPTHS,
     Decoder,
-    Passkey,
     Scores,
     all_in_bits,
     decode_in_step,
     elements,
+    first_line,
     layer_shapes,
     measured_bits,
-    passkeys,
 )
+from tqc.evaluate.needles import NUMBERS, HiddenNumbers, hide_numbers
 
 DENSE, OURS, PEER = "dense", "tqc", "peer"
 
@@ -45,7 +45,8 @@ class Row:
         perplexity: exp of the mean negative log-likelihood; `perplexity_increase` is relative to dense.
         kl_mean, kl_median, kl_p99: KL(dense || this) of the next-token distributions over all scored positions, nats.
         top1_agreement: share of positions with the dense run's most likely token.
-        passkeys_found: of `Evaluation.passkeys`.
+        numbers_nll: mean negative log-likelihood of the tokens of the hidden numbers when they are asked for, nats.
+        numbers_found: of `Evaluation.numbers`, how many greedy decoding says right.
         bits: all-in bits per element at the end of the text, in the model's dtype: every byte that the cache holds
             times 8, over the numbers it stands for.
         bits_4096: the same for a bfloat16 cache of 4,096 tokens.
@@ -62,7 +63,8 @@ class Row:
     kl_median: float | None = None
     kl_p99: float | None = None
     top1_agreement: float | None = None
-    passkeys_found: int | None = None
+    numbers_nll: float | None = None
+    numbers_found: int | None = None
     bits: float | None = None
     bits_4096: float | None = None
     cache_bytes: int | None = None
@@ -76,15 +78,14 @@ class Evaluation:
 
     Attributes:
         tokens: length of the text; predictions are scored from position `score_from` on.
-        passkeys: how many numbers were asked for in texts of `passkey_tokens` tokens.
+        numbers: how many were hidden in a text of the same length, and asked for.
     """
 
     model: str
     dtype: str
     tokens: int
     score_from: int
-    passkeys: int
-    passkey_tokens: int
+    numbers: int
     rows: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +95,8 @@ class Evaluation:
         title = f"{self.model}, {self.dtype}: {self.tokens:,} tokens decoded, scored from {self.score_from:,} on"
         table = Table(title=title, title_justify="left", caption_justify="left")
         table.add_column("cache")
-        for column in (f"bits at {BITS_LENGTH:,}", "KL mean", "median", "99 %", "same top-1", "perplexity", "passkeys"):
+        columns = [f"bits at {BITS_LENGTH:,}", "KL mean", "99 %", "same top-1", "perplexity"]
+        for column in columns + ["NLL of hidden numbers", "found"] * bool(self.numbers):
             table.add_column(column, justify="right")
         for row in self.rows:
             if row.reason:
@@ -103,44 +105,12 @@ class Evaluation:
             table.add_row(
                 row.name,
                 _text(row.bits_4096, ".2f"),
-                *(_text(value, ".2g") for value in (row.kl_mean, row.kl_median, row.kl_p99)),
+                *(_text(value, ".2g") for value in (row.kl_mean, row.kl_p99)),
                 _text(row.top1_agreement, ".1%"),
-                _text(row.perplexity, ".2f") + (f" ({row.perplexity_increase:+.1%})" if row.kind != DENSE else ""),
-                f"{row.passkeys_found} of {self.passkeys}" if self.passkeys else "-",
+                _text(row.perplexity, ".2f") if row.kind == DENSE else _text(row.perplexity_increase, "+.1%"),
+                *((_text(row.numbers_nll, ".3f"), f"{row.numbers_found} of {self.numbers}") if self.numbers else ()),
             )
         return table
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw mean KL over all-in bits at 4,096 tokens as a PNG.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("matplotlib is not installed: pip install matplotlib") from None
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for kind, marker in ((OURS, "o"), (PEER, "x")):
-            points = [
-                (row.bits_4096, row.kl_mean, row.name)
-                for row in self.rows
-                if row.kind == kind and row.bits_4096 is not None and row.kl_mean
-            ]
-            if not points:
-                continue
-            axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], marker=marker, label=kind)
-            for x, y, name in points:
-                axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axes.set_yscale("log")
-        axes.set_xlabel(f"all-in bits per element at {BITS_LENGTH:,} tokens, bfloat16")
-        axes.set_ylabel("KL to the dense model, nats (mean)")
-        axes.set_title(self.model)
-        axes.grid(True, which="both", alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        figure.savefig(path, format="png", dpi=150)
 
 
 def parse_setting(setting: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -190,7 +160,8 @@ def evaluate(
     text: str | None = None,
     tokens: int = 2048,
     score_from: int = 256,
-    passkey_tokens: int = 1024,
+    numbers: int = NUMBERS,
+    seed: int = 0,
     peers: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -199,15 +170,17 @@ def evaluate(
     Args:
         model: a causal language model of transformers, as it was loaded (not compiled).
         settings: see `parse_setting`.
-        text: what is decoded; `default_text()` if None. Passkeys are hidden in it too.
+        text: what is decoded; `default_text()` if None. Numbers are hidden in it too.
         tokens: how many tokens of it, fewer if it is shorter.
         score_from: first position whose prediction is scored.
-        passkey_tokens: length of the texts that hide a number; 0 leaves passkeys out.
+        numbers: how many are hidden in a text of `tokens` tokens and asked for; 0 leaves that out.
+        seed: which numbers, and whose.
         peers: also evaluate caches of other projects, as far as they are installed.
         on_step: called with a line about what is being done.
 
     Raises:
-        ValueError: for a setting that cannot be read, a text that is too short or a compiled model.
+        ValueError: for a setting that cannot be read, a text that is too short, a tokenizer that does not tell
+            numbers apart or a compiled model.
     """
     report = on_step or (lambda line: None)
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
@@ -218,11 +191,14 @@ def evaluate(
     names = [name for name, _ in parsed]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"setting {sorted(twice)[0]!r} is given twice")
+    if not callable(tokenizer):
+        raise ValueError(f"tokenizer must be that of the model; got {tokenizer!r}")
     text = default_text() if text is None else text
     # A token is seldom more than 16 characters; encoding all of a long text would take longer than the rest.
     ids = tokenizer(text[: 16 * tokens], return_tensors="pt").input_ids[:, :tokens].to(model.device)
     if ids.shape[1] < score_from + 2:
         raise ValueError(f"text has {ids.shape[1]} tokens, fewer than score_from={score_from} and two more")
+    hidden = hide_numbers(tokenizer, text, tokens, numbers, seed, model.device) if numbers else None
 
     dense, decoders, rows = _decoders(model, parsed, peers)
     failed: dict[str, str] = {}
@@ -240,17 +216,15 @@ def evaluate(
             else:
                 report(f"measuring the cache of {decoder.name}")
                 _fill(rows[decoder.name], scores, decoder, dense)
-        cases = passkeys(tokenizer, text, passkey_tokens, model.device) if passkey_tokens else []
         for decoder in (dense, *alive):
-            if cases and not rows[decoder.name].reason:
-                rows[decoder.name].passkeys_found = _ask(cases, decoder, tokenizer, report)
+            if hidden and not rows[decoder.name].reason:
+                _ask(hidden, decoder, rows[decoder.name], model, report)
     return Evaluation(
         model=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         tokens=ids.shape[1],
         score_from=score_from,
-        passkeys=len(PASSKEY_DEPTHS) if passkey_tokens else 0,
-        passkey_tokens=passkey_tokens,
+        numbers=numbers,
         rows=list(rows.values()),
     )
 
@@ -283,7 +257,7 @@ def _decoders(
             try:
                 decoders.append(Decoder(peer.name, model, partial(peer.new_cache, model), optional=True))
             except Exception as error:
-                row.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                row.reason = first_line(error)
     return dense, decoders, rows
 
 
@@ -305,13 +279,16 @@ def _fill(row: Row, scores: Mapping[str, Scores], decoder: Decoder, dense: Decod
         row.reason = "no layer's cache was packed; tqc.explain says why"
 
 
-def _ask(cases: Sequence[Passkey], decoder: Decoder, tokenizer: Any, report: Callable[[str], None]) -> int:
-    found = 0
-    for case in cases:
-        report(f"passkey at {case.depth:.0%} with {decoder.name}")
-        found += case.asked(decoder, tokenizer)
-    decoder.restart()
-    return found
+def _ask(hidden: HiddenNumbers, decoder: Decoder, row: Row, model: Any, report: Callable[[str], None]) -> None:
+    # Logits of a whole prompt would take more memory than its cache.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    try:
+        nll, row.numbers_found = hidden.ask(decoder, lambda line: report(f"{decoder.name}: {line}"), **few)
+        row.numbers_nll = nll.mean().item()
+    except Exception as error:
+        if not decoder.optional:
+            raise
+        row.reason = first_line(error)
 
 
 def _text(number: float | None, spec: str) -> str:

@@ -1,17 +1,21 @@
 """The balance of a layer's keys: how large each channel is when keys are coded.
 
 Keys K / s and queries Q * s have the same products for any positive s. The rotation spreads the coding error of a key
-evenly over the channels, so for queries q and keys k, less their mean m, a score errs by
+evenly over the channels, so the score of query i and key j (less the mean of keys) errs, with D the error of a
+coordinate of unit variance, by
 
-    D sum_c E[q_c^2] s_c^2 * sum_c E[(k_c - m_c)^2] / s_c^2 / head_dim      on average, D: that of a coordinate of
-                                                                            variance 1
-By the Cauchy-Schwarz inequality this is least where s_c^2 = std(k_c) / rms(q_c), up to a factor for all channels. So
-s_c = exp(l_c), l_c a quarter of the logarithm of E[(k_c - m_c)^2] / E[q_c^2].
+    D sum_c q_ic^2 s_c^2 * sum_c k_jc^2 / s_c^2 / head_dim      on average, squared
+
+By the Cauchy-Schwarz inequality the mean over pairs of independent q and k is least where s_c^2 = rms(k_c) / rms(q_c),
+up to a factor for all channels: s_c = exp(l_c), l_c a quarter of the logarithm of E[k_c^2] / E[q_c^2].
+
+Which pairs count: an error of the score moves the softmax by w_ij (1 - w_ij), w the attention's weights. Heads that
+look sharply at few keys are those that lose most, and means over all pairs say nothing of those keys. So half of the
+weight goes to pairs by w (1 - w) and half to all pairs alike, which holds where later queries look elsewhere.
 
 Moments of few rows are noisy, and what looks like gain there is loss later. The logarithm of a mean square over n
-normal rows has the variance trigamma(n / 2); so l_c, less its median over the channels, counts only by what it exceeds
-two standard errors. Then channels that are alike lose 1 % with 32 keys and 3 queries and a third with one query, not
-29 % and 6 times that much, while channels that stand out keep most of theirs.
+normal rows has the variance trigamma(n / 2), so l_c, less its median over the channels, counts only by what it exceeds
+two standard errors. Channels that stand out keep most of theirs, channels that are alike get 1.
 """
 
 from __future__ import annotations
@@ -23,18 +27,20 @@ from torch import Tensor
 
 from tqc.format.quantizer import without_autocast
 
-# At most about this many rows are looked at, spread over those given.
-SAMPLED_ROWS = 2048
+# At most about so many rows are looked at, spread over those given.
+SAMPLED_KEYS = 1024
+SAMPLED_QUERIES = 256
 # A mean square counts as at least this part of the head's median: a channel that hardly varies so far may do so later.
 # Keys are held tighter, for many more of them come.
 LEAST_OF_KEYS = 1e-3
 LEAST_OF_QUERIES = 1e-8
 LARGEST = 1024.0
 STANDARD_ERRORS = 2.0
+TINY = 1e-30
 
 
 @without_autocast
-def balance(keys: Tensor, query: Tensor) -> Tensor:
+def balance(keys: Tensor, query: Tensor, scale: float | None = None) -> Tensor:
     """Balance s of the channels of each head.
 
     Args:
@@ -42,40 +48,57 @@ def balance(keys: Tensor, query: Tensor) -> Tensor:
             (behind the rotary embedding); a prefill's are best given whole.
         query: [batch, query_heads, rows, head_dim], rows >= 1, queries of the same call; query head h reads the keys
             of head h // (query_heads // heads).
+        scale: factor of the scores; head_dim ** -0.5 if None.
 
     Returns:
         [batch, heads, head_dim] in keys' dtype, between 1 / 1024 and 1024 with the median 1; ones in heads for which
         there is nothing to go by. Rows that are zeros or hold a NaN or an infinity are ignored.
     """
-    rows = _spread(query).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    key_square, key_variance = _moments(_spread(keys), LEAST_OF_KEYS, centred=True)
-    query_square, query_variance = _moments(rows, LEAST_OF_QUERIES, centred=False)
+    grouped = _spread(query, SAMPLED_QUERIES).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    q, query_good, query_peak = _usable(grouped)
+    k, key_good, key_peak = _usable(_spread(keys, SAMPLED_KEYS))
+    k = (k - k.sum(2, keepdim=True) / key_good.sum(2, keepdim=True).clamp_min(1)) * key_good
+    factor = (keys.shape[-1] ** -0.5 if scale is None else scale) * query_peak * key_peak
+    scores = ((q @ k.transpose(-1, -2)) * factor.clamp(max=1e30)).masked_fill(~key_good.transpose(-1, -2), -1e35)
+    weights = scores.softmax(-1)
+    pairs = query_good.float() * key_good.float().transpose(-1, -2)
+    sharp = weights * (1 - weights) * pairs
+    mass = _share(sharp) + _share(pairs)
+    key_square, key_variance = _moments(k, mass.sum(2), LEAST_OF_KEYS)
+    query_square, query_variance = _moments(q, mass.sum(3), LEAST_OF_QUERIES)
     log_s = (key_square / query_square).log() / 4
     log_s = log_s - log_s.median(-1, keepdim=True).values
-    error = (key_variance + query_variance).sqrt() / 4
-    return (log_s.sign() * (log_s.abs() - STANDARD_ERRORS * error).clamp(0.0, math.log(LARGEST))).exp().to(keys.dtype)
+    error = STANDARD_ERRORS * (key_variance + query_variance).sqrt() / 4
+    return (log_s.sign() * (log_s.abs() - error).clamp(0.0, math.log(LARGEST))).exp().to(keys.dtype)
 
 
-def _spread(x: Tensor) -> Tensor:
-    return x[:, :, :: max(1, x.shape[2] // SAMPLED_ROWS)]
+def _spread(x: Tensor, count: int) -> Tensor:
+    return x[:, :, :: max(1, x.shape[2] // count)]
 
 
-def _moments(x: Tensor, least: float, centred: bool) -> tuple[Tensor, Tensor]:
-    """Mean squares of the channels of x [batch, heads, rows, head_dim], if centred less the mean of the rows.
+def _share(x: Tensor) -> Tensor:
+    return x / x.sum((2, 3), keepdim=True).clamp_min(TINY)
+
+
+def _usable(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 rows over the largest number of their head, zeros where ignored; which are not; that number."""
+    x = x.float()
+    good = x.isfinite().all(-1, keepdim=True) & (x != 0).any(-1, keepdim=True)
+    x = x.masked_fill(~good, 0.0)
+    peak = x.abs().amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return x / peak, good, peak
+
+
+def _moments(x: Tensor, mass: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Mean squares of the channels of x [batch, heads, rows, head_dim] with weights mass [batch, heads, rows].
 
     Returns:
         (float32 [batch, heads, head_dim], up to a factor for each head and at least `least` of their median;
         variance of their logarithms, [batch, heads, 1], infinite where there is nothing to go by).
     """
-    x = x.float()
-    good = x.isfinite().all(-1, keepdim=True) & (x != 0).any(-1, keepdim=True)
-    x = x.masked_fill(~good, 0.0)
-    x = x / x.abs().amax((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    rows = good.sum(2)
-    if centred:
-        x = (x - (x.sum(2) / rows.clamp_min(1)).unsqueeze(2)).masked_fill(~good, 0.0)
-    square = x.square().mean(2)
+    square = (mass.unsqueeze(-1) * x.square()).sum(2)
     middle = square.median(-1, keepdim=True).values
-    known = middle > 1e-30
+    known = middle > TINY
     square = torch.where(known, square.clamp_min(least * middle), 1.0)
-    return square, torch.special.polygamma(1, torch.where(known, rows, 0) / 2)
+    rows = mass.sum(-1, keepdim=True).square() / mass.square().sum(-1, keepdim=True).clamp_min(TINY)
+    return square, torch.special.polygamma(1, torch.where(known, rows, 0.0) / 2)
