@@ -125,7 +125,7 @@ struct Packed {
   PyObject* spec;
 };
 
-// Before nothing was packed `dense` may have fewer rows; where tokens are dropped pages take slots in turns.
+// While nothing was packed `dense` may have fewer rows; where tokens are dropped pages take slots in turns.
 inline void expect_room(const Store& s, const State& state) {
   const Format& f = *s.f;
   const int64_t pages = state.packed / PAGE, tokens = state.length;

@@ -92,12 +92,10 @@ inline void attend_task(const AttendArgs& a, Partial& p, int64_t b, int64_t h, i
   to = std::min(to, limit);
   if (from < to) {
     tile.run(from, to);
-    if (!fv.folded) {
-      float* rotated = tile.unrotated;
-      rotate_rows(rotated, p.out, int(count), fv, true);
-      memcpy(p.out, rotated, sizeof(float) * count * p.ld);
+    if (!fv.folded || fv.centred) {
+      unrotate_rows(tile.unrotated, p.out, int(count), fv, tile.head_v.balance);
+      memcpy(p.out, tile.unrotated, sizeof(float) * count * p.ld);
     }
-    if (fv.centred) multiply_rows(p.out, p.out, int(count), tile.head_v.balance, p.ld);
   }
   if (dense_too) {
     tile.run(a.begin, std::min(a.v.packed_begin(), limit));
@@ -112,7 +110,8 @@ inline void attend(const AttendArgs& a) {
   const int64_t all_rows = a.group * a.rows;
   const int64_t block = all_rows <= 64 ? all_rows : 64;
   const int64_t blocks = (all_rows + block - 1) / block;
-  const int64_t begin = a.v.packed_begin(), end = a.v.packed_end(), first_page = begin - (begin - fv.sink_tokens) % PAGE;
+  const int64_t begin = a.v.packed_begin(), end = a.v.packed_end();
+  const int64_t first_page = begin - (begin - fv.sink_tokens) % PAGE;
   const int64_t pages = (end - first_page + PAGE - 1) / PAGE;
   const int64_t groups = a.batch * a.heads * blocks;
   const double products = double(groups) * block * (a.end - a.begin) * (a.k.store.f->dim + fv.dim);

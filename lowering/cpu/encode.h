@@ -79,7 +79,7 @@ inline void pack_row(uint8_t* page, const uint8_t* codes, int t, const Format& f
 // Head centre from the first page, x [32, padded(dim)] as it came; `y` is scratch of the same shape.
 inline void head_centre(float* out, const float* x, float* y, Dtype dtype, const Format& f) {
   const int ld = padded(f.dim);
-  rotate_rows(y, x, PAGE, f, false);
+  rotate_rows(y, x, PAGE, f);
   good_mean(out, y, ld, bad_rows(y, ld));
   const float limit = dtype == F16 ? 65504.0f : dtype == BF16 ? 3.3895314e38f : FLT_MAX;
   for (int i = 0; i < ld; i += W) store(out + i, vmax(vmin(load(out + i), splat(limit)), splat(-limit)));
@@ -88,7 +88,7 @@ inline void head_centre(float* out, const float* x, float* y, Dtype dtype, const
 // Encode x [32, padded(dim)], zeros in the padding; `r` is scratch of the same shape.
 inline void encode_page(uint8_t* page, const float* x, float* r, const float* centre, const Format& f) {
   const int ld = padded(f.dim);
-  rotate_rows(r, x, PAGE, f, false);
+  rotate_rows(r, x, PAGE, f);
   if (f.centred)
     for (int t = 0; t < PAGE; ++t)
       for (int i = 0; i < ld; i += W) store(r + t * ld + i, load(r + t * ld + i) - load(centre + i));

@@ -197,19 +197,35 @@ inline void hadamard(float* x, int n) {
   }
 }
 
-// out = R in (or R' in) for each row; both [rows, padded(dim)], not the same memory. A copy in folded formats.
-inline void rotate_rows(float* out, const float* in, int rows, const Format& f, bool inverse) {
-  int ld = padded(f.dim);
+// out = R in for each row; both [rows, padded(dim)], not the same memory. A copy in folded formats.
+inline void rotate_rows(float* out, const float* in, int rows, const Format& f) {
+  const int ld = padded(f.dim);
   if (f.folded) return (void)memcpy(out, in, sizeof(float) * rows * ld);
-  if (!f.signs) return gemm(out, ld, in, ld, inverse ? f.rotation : f.rotation_t, ld, rows, ld, f.dim, false);
-  for (int r = 0; r < rows; ++r) {
-    float* y = out + r * ld;
-    const float* x = in + r * ld;
-    for (int i = 0; i < ld; i += W) store(y + i, inverse ? load(x + i) : load(x + i) * load(f.signs + i));
-    hadamard(y, f.dim);
-    vf factor = splat(f.hadamard_scale);
-    for (int i = 0; i < ld; i += W)
-      store(y + i, inverse ? load(y + i) * factor * load(f.signs + i) : load(y + i) * factor);
+  if (!f.signs) return gemm(out, ld, in, ld, f.rotation_t, ld, rows, ld, f.dim, false);
+  const vf factor = splat(f.hadamard_scale);
+  for (int r = 0; r < rows; ++r, out += ld, in += ld) {
+    for (int i = 0; i < ld; i += W) store(out + i, load(in + i) * load(f.signs + i));
+    hadamard(out, f.dim);
+    for (int i = 0; i < ld; i += W) store(out + i, load(out + i) * factor);
+  }
+}
+
+// out = R' in in the same way, and in centred formats times `balance`.
+inline void unrotate_rows(float* out, const float* in, int rows, const Format& f, const float* balance) {
+  const int ld = padded(f.dim);
+  if (f.folded || !f.signs) {
+    if (f.folded) memcpy(out, in, sizeof(float) * rows * ld);
+    else gemm(out, ld, in, ld, f.rotation, ld, rows, ld, f.dim, false);
+    if (f.centred) multiply_rows(out, out, rows, balance, ld);
+    return;
+  }
+  float last[MAX_HEAD_DIM];
+  for (int i = 0; i < ld; i += W) store(last + i, f.centred ? load(f.signs + i) * load(balance + i) : load(f.signs + i));
+  const vf factor = splat(f.hadamard_scale);
+  for (int r = 0; r < rows; ++r, out += ld, in += ld) {
+    memcpy(out, in, sizeof(float) * ld);
+    hadamard(out, f.dim);
+    for (int i = 0; i < ld; i += W) store(out + i, load(out + i) * factor * load(last + i));
   }
 }
 

@@ -207,8 +207,7 @@ inline void decode_page(float* out, const uint8_t* page, const HeadRows& head, c
     }
     for (int i = f.dim; i < ld; ++i) row[i] = 0;
   }
-  rotate_rows(out, rotated, count, f, true);
-  if (f.centred) multiply_rows(out, out, count, head.balance, ld);
+  unrotate_rows(out, rotated, count, f, head.balance);
 }
 
 }  // namespace tqc

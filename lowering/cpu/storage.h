@@ -90,7 +90,7 @@ inline void append(const AppendArgs& a) {
       if (f.centred) divide_rows(x, PAGE, head.balance, ld);
     };
     const int threads = available_threads();
-    if (packed == 0 && f.centred)  // the first page sets the head's centre, and be it dropped at once
+    if (packed == 0 && f.centred)  // the first page sets the head's centre, even if it is dropped at once
       parallel(stores, stores > 1 ? threads : 1, [&](int64_t i) {
         const int64_t b = i / a.heads, h = i % a.heads;
         HeadRows head(s, b, h);
@@ -101,7 +101,7 @@ inline void append(const AppendArgs& a) {
         head_centre(head.centre, x, r, s.dtype, f);
         from_float(s.centre(b, h), head.centre, f.dim, s.dtype);
       });
-    // Pages that hold no token behind `begin` have no slot.
+    // A page that holds no token from `begin` on has no slot.
     const int64_t from = std::max(packed, (after.begin - f.sink_tokens) / PAGE * PAGE);
     constexpr int64_t RUN = 8 * PAGE;
     const int64_t runs = std::max<int64_t>(0, after.packed - from + RUN - 1) / RUN;

@@ -83,7 +83,7 @@ struct Tile {
     if (k.packed_end() <= k.packed_begin()) return;
     const float* for_pages = fk.centred ? balanced : query;
     if (fk.centred) multiply_rows(balanced, query, count, head_k.balance, ldk);
-    rotate_rows(rotated, for_pages, count, fk, false);
+    rotate_rows(rotated, for_pages, count, fk);
     integers = use_int8 && HAS_INT8 && std::max(fk.bits, fv.bits) <= INT16_BITS;
     if (integers && fk.bits <= INT8_BITS) {
       memset(nibbles, 0, 4 * query_bytes());

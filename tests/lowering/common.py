@@ -22,7 +22,7 @@ def make_store(batch, heads, capacity, fmt, dtype, device="cpu"):
     """No tokens: NaNs and set bits, since what was not written must not be read. The balance is drawn."""
     num_pages = -(-capacity // 32) if fmt.ring_pages is None else fmt.ring_pages
     dense = torch.full((batch, heads, fmt.dense_rows, fmt.head_dim), math.nan, dtype=dtype, device=device)
-    drawn = torch.randn(batch, heads, 1, fmt.head_dim, generator=torch.Generator().manual_seed(0)).mul(0.5).exp()
+    drawn = torch.randn(batch, heads, 1, fmt.head_dim, generator=torch.Generator().manual_seed(fmt.bits)).mul(0.5).exp()
     fmt.head(dense)[:, :, 1:] = drawn.to(device, dtype)
     return [
         torch.full((batch, heads, num_pages, fmt.page_bytes), 255, dtype=torch.uint8, device=device),

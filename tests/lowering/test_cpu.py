@@ -25,6 +25,7 @@ from tests.lowering.common import (
     make_store,
 )
 from tqc.format import PackedFormat
+from tqc.format.quantizer import unfold
 from tqc.lowering.cpu import PROVIDER, build, kernels, supports
 from tqc.ops import planes as ops
 
@@ -136,6 +137,105 @@ def test_attend(provider, data):
     check_attend(provider.attend, given)
 
 
+def attend_to(provider, query, k, v, k_fmt, v_fmt, mask=None):
+    how = (None, None, mask, None, None, k_fmt.head_dim**-0.5, 0.0, False, str(k_fmt), str(v_fmt))
+    return provider.attend(query, *k, *v, *how)
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=8)
+def test_a_window_is_the_end_of_a_cache_that_drops_nothing(provider, data):
+    """Its pages go round several times. By products of integers, too, which take runs of pages."""
+    fmt, keep = data.draw(formats), data.draw(st.integers(1, 200))
+    generator = torch.Generator().manual_seed(keep)
+    whole_fmt, fmt = fmt, replace(fmt, keep=keep)
+    whole, window = (make_store(1, 2, 1400, f, torch.float32) for f in (whole_fmt, fmt))
+    length, sizes = 0, data.draw(st.lists(st.sampled_from([9, 32, 33, 100, 300]), min_size=1, max_size=3))
+    while length < 1000:
+        for size in sizes:
+            new = torch.randn(1, 2, size, fmt.head_dim, generator=generator)
+            for store, spec in ((whole, str(whole_fmt)), (window, str(fmt))):
+                provider.append(*store, new, None, spec)
+            length += size
+    begin = length - keep
+    assert window[2].tolist() == [*whole[2][:2].tolist(), begin]
+    stored = provider.read(*whole, length, str(whole_fmt))[:, :, begin:]
+    assert torch.equal(provider.read(*window, keep, str(fmt)), stored)
+    query = torch.randn(1, 6, 3, fmt.head_dim, generator=generator)
+    mask = torch.randn(3, length, generator=generator)
+    outside = torch.arange(length) < begin
+    for integers, error in ((False, 1e-5), (True, 0.03)):
+        kernels.loaded().use_int8(integers)
+        actual, lse = attend_to(provider, query, window, window, fmt, fmt, mask[:, begin:])
+        masked = mask.masked_fill(outside, -math.inf)
+        expected, expected_lse = attend_to(provider, query, whole, whole, whole_fmt, whole_fmt, masked)
+        assert (actual - expected).norm() <= error * expected.norm()
+        torch.testing.assert_close(lse, expected_lse, atol=error, rtol=0)
+    kernels.loaded().use_int8(False)
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=8)
+def test_balance_divides_what_is_coded_and_multiplies_the_query(provider, data):
+    fmt = replace(data.draw(formats), centred=True)
+    ours, plain = (make_store(2, 2, 400, fmt, torch.float32) for _ in range(2))
+    balance = fmt.head(ours[1])[:, :, 1:].clone()
+    fmt.head(plain[1])[:, :, 1:] = 1
+    tokens = torch.randn(2, 2, 400, fmt.head_dim, generator=torch.Generator().manual_seed(0))
+    provider.append(*ours, tokens, None, str(fmt))
+    provider.append(*plain, tokens / balance, None, str(fmt))
+    assert torch.equal(ours[0], plain[0])
+    assert torch.equal(fmt.head(ours[1])[:, :, 0], fmt.head(plain[1])[:, :, 0])
+    read = kernels.loaded().read  # folded values as they are stored
+    stored, scaled = read(*ours, 400, str(fmt)), read(*plain, 400, str(fmt)) * balance
+    packed = (torch.arange(400) >= fmt.sink_tokens) & (torch.arange(400) < fmt.sink_tokens + int(ours[2][1]))
+    assert torch.equal(stored[:, :, packed], scaled[:, :, packed])
+    assert torch.equal(stored[:, :, ~packed], tokens[:, :, ~packed])
+    query = torch.randn(2, 2, 3, fmt.head_dim)
+    for integers, error in ((False, 1e-5), (True, 0.01)):
+        kernels.loaded().use_int8(integers)
+        out, lse = attend_to(provider, query, ours, ours, fmt, fmt, packed)
+        other, other_lse = attend_to(provider, query * balance, plain, plain, fmt, fmt, packed)
+        assert (out - other * balance).norm() <= error * out.norm()
+        torch.testing.assert_close(lse, other_lse, atol=error * query.norm(dim=-1).max().item(), rtol=0)
+    kernels.loaded().use_int8(False)
+
+
+@given(data=st.data())
+@settings(drawn, max_examples=8)
+def test_dense_has_few_rows_until_something_is_packed(provider, data):
+    fmt, dtype = data.draw(formats), data.draw(st.sampled_from(DTYPES))
+    fmt = replace(fmt, keep=data.draw(st.sampled_from([None, 1, 50])))
+    rows = data.draw(st.sampled_from([2, fmt.sink_tokens + 1, 31, fmt.token_rows - 1, fmt.token_rows]))
+    before = data.draw(st.integers(0, rows))
+    full = make_store(2, 2, 300, fmt, dtype)
+    few = [full[0][:, :, :0], full[1][:, :, :rows].clone(), full[2].clone()]
+    tokens = torch.randn(2, 2, 300, fmt.head_dim).to(dtype)
+
+    def append(store, from_, to):
+        provider.append(*store, tokens[:, :, from_:to], None, str(fmt))
+
+    for store in (few, full):
+        append(store, 0, before)
+        append(store, before, rows)
+    missing = "pages are full: there are 0" if rows == fmt.dense_rows else f"dense is too small: it has {rows} rows"
+    with pytest.raises(ValueError, match=f"{missing}, {rows + 1} tokens take"):
+        append(few, rows, rows + 1)
+    assert torch.equal(few[2], full[2])
+    count = rows - fmt.first_held(rows)
+    results = [
+        (provider.read(*store, count, str(fmt)), *attend_to(provider, tokens[:, :, :3], store, store, fmt, fmt))
+        for store in (few, full)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(results[0][0], unfold(tokens[:, :, rows - count : rows], fmt))
+    few[0] = full[0].clone()
+    few[1] = torch.cat([few[1], full[1][:, :, rows:]], dim=2)
+    for store in (few, full):
+        append(store, rows, 300)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(few, full, strict=True))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 6])
 def test_large_scores(provider, bits):
     check_large_scores(provider.attend, bits)
@@ -196,7 +296,36 @@ def test_arguments_that_do_not_fit_are_refused(provider):
         provider.append(*store, torch.zeros(1, 2, 1, 64), None, str(PackedFormat(128, 3, True)))
     with pytest.raises(ValueError, match="malformed|version"):
         provider.read(*store, 1, "nonsense")
+    with pytest.raises(ValueError, match=r"state must be int64 \[3\]"):
+        provider.read(*store[:2], torch.zeros(2, dtype=torch.int64), 1, str(fmt))
     assert store[2].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_what_a_dropped_token_holds_spoils_nothing(provider, integers):
+    fmt = PackedFormat(64, 3, True, keep=150)
+    store, tokens = make_store(1, 1, 0, fmt, torch.float32), torch.randn(1, 1, 300, 64)
+    tokens[:, :, 130:150] = math.nan  # pages begin at 132 and 164
+    provider.append(*store, tokens, None, str(fmt))
+    kernels.loaded().use_int8(integers)
+    assert all(x.isfinite().all() for x in attend_to(provider, torch.randn(1, 4, 2, 64), store, store, fmt, fmt))
+    assert provider.read(*store, 150, str(fmt)).isfinite().all()
+
+
+def test_windows_that_do_not_fit_are_refused(provider):
+    fmt = PackedFormat(64, 3, True, keep=200)
+    store, other = make_store(1, 1, 0, fmt, torch.float32), make_store(1, 1, 0, fmt, torch.float32)
+    new = torch.randn(1, 1, 500, 64)
+    short = [store[0][:, :, 1:], *store[1:]]
+    provider.append(*short, new[:, :, :192], None, str(fmt))  # so far no page takes another's slot
+    with pytest.raises(ValueError, match="pages are full: there are 6, 692 tokens take 7"):
+        provider.append(*short, new, None, str(fmt))
+    provider.append(*other, new, None, str(fmt))
+    with pytest.raises(ValueError, match="start must not lie before token 300, the first that is held, got 299"):
+        provider.append(*other, new, torch.tensor([299]), str(fmt))
+    mixed = [*other[:2], other[2] - torch.tensor([0, 0, 1])]
+    with pytest.raises(ValueError, match="k_state and v_state must agree: keys are held from token 300 on, values"):
+        attend_to(provider, new[:, :, :1], other, mixed, fmt, fmt)
 
 
 def test_a_level_that_is_unknown_is_refused(monkeypatch):

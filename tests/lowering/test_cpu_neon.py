@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.lowering.common import check_int8
+from tests.lowering.common import check_int8, make_store
 from tqc.format import PackedFormat, scale_table
 from tqc.lowering.cpu import build
 from tqc.ops import planes as ops
@@ -32,11 +32,9 @@ def binary(request, tmp_path_factory):
     return path
 
 
-def stored(fmt, tokens):
-    pages = torch.zeros(1, HEADS, -(-LENGTH // 32), fmt.page_bytes, dtype=torch.uint8)
-    store = pages, torch.zeros(1, HEADS, fmt.dense_rows, fmt.head_dim), torch.zeros(2, dtype=torch.int64)
-    ops.append(*store, tokens, None, str(fmt))
-    return store
+def empty(fmt):
+    pages, dense, state = make_store(1, HEADS, LENGTH, fmt, torch.float32)
+    return pages.zero_(), dense, state
 
 
 def describe(fmt):
@@ -53,23 +51,33 @@ def describe(fmt):
         fmt.centre_offset,
     )
     numbers = struct.pack(
-        f"<8if2i{len(planes)}i", *head, power_of_two, fmt.score_stretch, HEADS, len(fmt.planes), *planes
+        f"<8if3i{len(planes)}i",
+        *head,
+        power_of_two,
+        fmt.score_stretch,
+        -1 if fmt.keep is None else fmt.keep,
+        HEADS,
+        len(fmt.planes),
+        *planes,
     )
     return [np.frombuffer(numbers, np.uint8), fmt.levels(), fmt.boundaries(), fmt.rotation_matrix()]
 
 
+@pytest.mark.parametrize("keep", [None, 300])
 @pytest.mark.parametrize(
     "head_dim, k_bits, v_bits", [(128, 4, 2), (64, 3, 3), (64, 1, 1), (80, 2, 4), (128, 3, 5), (80, 6, 7), (128, 8, 8)]
 )
-def test_kernels_under_emulation(binary, tmp_path, head_dim, k_bits, v_bits):
+def test_kernels_under_emulation(binary, tmp_path, head_dim, k_bits, v_bits, keep):
     generator = torch.Generator().manual_seed(head_dim + k_bits)
-    formats = PackedFormat(head_dim, k_bits, True), PackedFormat(head_dim, v_bits, False)
-    keys, values = (torch.randn(1, HEADS, LENGTH, head_dim, generator=generator) for _ in formats)
+    formats = PackedFormat(head_dim, k_bits, True, keep=keep), PackedFormat(head_dim, v_bits, False, keep=keep)
+    tokens = [torch.randn(1, HEADS, LENGTH, head_dim, generator=generator) for _ in formats]
     query = torch.randn(1, HEADS * GROUP, 1, head_dim, generator=generator)
-    k, v = stored(formats[0], keys), stored(formats[1], values)
+    k, v = empty(formats[0]), empty(formats[1])
     arrays = [scale_table()]
-    for fmt, tokens, store in zip(formats, (keys, values), (k, v), strict=True):
-        arrays += [*describe(fmt), tokens, *store]
+    for fmt, new, store in zip(formats, tokens, (k, v), strict=True):
+        arrays += [*describe(fmt), new, store[1].clone()]
+        ops.append(*store, new, None, str(fmt))
+        arrays += store
     with (tmp_path / "in").open("wb") as file:
         for array in (*arrays, query):
             data = np.ascontiguousarray(array).tobytes()
@@ -85,5 +93,6 @@ def test_kernels_under_emulation(binary, tmp_path, head_dim, k_bits, v_bits):
     rest = (None, None, None, None, None, head_dim**-0.5, 0.0, False, *map(str, formats))
     expected, _ = ops.attend(query, *k, *v, *rest)
     torch.testing.assert_close(plain, expected, atol=2e-5, rtol=0)
+    keys, values = (new[:, :, formats[0].first_held(LENGTH) :] for new in tokens)
     exact = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     check_int8(int8, expected, exact)
