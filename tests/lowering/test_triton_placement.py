@@ -55,6 +55,26 @@ def test_dropped_tokens_are_not_seen(triton_device, length, keep):
         compare(kernels.read(*store, count, str(k_fmt)), ops.read(*store, count, str(k_fmt)), torch.float16)
 
 
+@pytest.mark.parametrize("keep", [20, 60])
+def test_appends_to_a_window(triton_device, keep):
+    """Pages that wrap, pages that are dropped at once, a step back into a page, a gap."""
+    fmt = PackedFormat(32, 4, True, 4, 32, keep=keep)
+    ours = make_store(1, 2, 0, fmt, torch.float32, triton_device)
+    theirs = make_store(1, 2, 0, fmt, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for count, step in ((3, 0), (60, 0), (33, 0), (1, -15), (40, 0), (200, 0), (1, 50)):
+        new = torch.randn(1, 2, count, 32, generator=generator) + 1
+        start = theirs[2][:1] + step
+        ops.append(*theirs, new, start, str(fmt))
+        kernels.append(*ours, new.to(triton_device), start.to(triton_device), str(fmt))
+        length, _, begin = theirs[2].tolist()
+        assert ours[2].tolist() == theirs[2].tolist() and begin >= length - keep
+        # What was never stored stays as it was, set bits.
+        assert torch.equal((ours[0] == 255).all(-1).cpu(), (theirs[0] == 255).all(-1))
+        stored = [ops.read(*(part.cpu() for part in store), keep, str(fmt)) for store in (ours, theirs)]
+        compare(*stored, torch.float32)
+
+
 @pytest.mark.parametrize("start", [-10, 0, 200])
 def test_writes_at_a_position_in_a_window(triton_device, monkeypatch, start):
     """Back, and with a gap, several programs sharing the tiles."""
