@@ -157,6 +157,12 @@ def test_a_tensor_that_its_storage_has_left_behind_is_saved_as_it_is(tmp_path):
         assert torch.equal(save_one(newer, tmp_path / "file").dequantize(), newer.dequantize())
 
 
+def test_rows_of_a_window_that_was_loaded_go_behind_those_of_another(tmp_path):
+    x = packed_window_layer().keys
+    both = torch.cat([x, save_one(x, tmp_path / "file")])
+    assert isinstance(both, PackedTensor) and torch.equal(both.dequantize(), x.dequantize().repeat(2, 1, 1, 1))
+
+
 @pytest.mark.parametrize("end", [1, 30, 98])
 def test_a_prefix_of_a_window_is_saved_as_a_prefix(end, tmp_path):
     for length in (99, 150, 230):

@@ -127,7 +127,7 @@ class Storage:
             pages[:, :, held % number] = self.pages[:, :, held % max(1, present)]
             self.pages = pages
         if self.fmt.rows_for(tokens) > self.dense.shape[2]:
-            spare = max(1, tokens // 8) if tokens < _FEW_ROWS else tokens // 20
+            spare = max(1, tokens // 8) if tokens < _FEW_ROWS else tokens // 24
             self._grow_dense(self.fmt.rows_for(tokens) if tokens + spare > self.fmt.token_rows else tokens + spare)
 
     def _grow_dense(self, rows: int) -> None:
