@@ -19,7 +19,7 @@ from tqc.ops import planes
 
 # The most that a packed cache takes over a dense one, from 8, 64 and 105 tokens on. In bfloat16 pages begin (101 tokens
 # by default) where the recent tokens still are most of the cache, and those have full size as in a dense one.
-LIMITS = {torch.float32: (1.25, 1.05, 1.05), torch.bfloat16: (1.25, 1.09, 1.05)}
+LIMITS = {torch.float32: (1.14, 1.05, 1.05), torch.bfloat16: (1.14, 1.09, 1.05)}
 
 
 def no_kernel(*_: Any) -> None:
