@@ -313,6 +313,25 @@ def test_generation_goes_on_as_without_the_round_trip(implementation, compressed
     torch.compiler.reset()
 
 
+def test_generation_with_packed_windows_goes_on(tmp_path):
+    layers = ["sliding_attention", "full_attention"]
+    model = tiny("Gemma3", layer_types=layers, sliding_window=50, query_pre_attn_scalar=16)
+    model.compile(backend="tqai", options=OPTIONS)
+    prompt = torch.randint(2, 96, (2, 110), generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": False, "return_dict_in_generate": True, "use_cache": True}
+    first = model.generate(prompt, max_new_tokens=6, **options)
+    window = first.past_key_values.layers[0]
+    assert isinstance(window, DynamicSlidingWindowLayer) and isinstance(window.keys, PackedTensor)
+    loaded = round_trip(first.past_key_values, tmp_path)
+    texts = [
+        model.generate(first.sequences, past_key_values=cache, max_new_tokens=40, **options)
+        for cache in (loaded, first.past_key_values)
+    ]
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+    assert_same(*(text.past_key_values for text in texts))
+    torch.compiler.reset()
+
+
 def test_encoder_decoder_generation_goes_on(tmp_path):
     torch.manual_seed(0)
     config = transformers.T5Config(

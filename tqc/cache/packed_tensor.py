@@ -346,8 +346,8 @@ def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs
         return NotImplemented
     s = x.packed_storage.copy(x._stored())
     device = device or x.device
-    parts = (part.to(device) for part in (s.pages, s.dense, s.state))
-    return PackedTensor(Storage(*parts, s.fmt, s.length, s.packed, s.begin), x.shape[2], x.begin)
+    pages, dense, state = (part.to(device) for part in (s.pages, s.dense, s.state))
+    return PackedTensor(Storage(pages, dense, state, s.fmt, s.length, s.packed, s.begin), x.shape[2], x.begin)
 
 
 @_handles(aten.zero_.default)
