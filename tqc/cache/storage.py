@@ -123,8 +123,11 @@ class Storage:
             batch, heads, _, page_bytes = self.pages.shape
             number = min(needed + spare, self.fmt.ring_pages or needed + spare)
             pages, last = self.pages.new_empty(batch, heads, number, page_bytes), self.packed // PAGE_TOKENS
-            held = torch.arange(max(0, last - present), last, device=pages.device)
-            pages[:, :, held % number] = self.pages[:, :, held % max(1, present)]
+            if last <= present:
+                pages[:, :, :last] = self.pages[:, :, :last]
+            else:
+                held = torch.arange(last - present, last, device=pages.device)
+                pages[:, :, held % number] = self.pages[:, :, held % present]
             self.pages = pages
         if self.fmt.rows_for(tokens) > self.dense.shape[2]:
             spare = max(1, tokens // 8) if tokens < _FEW_ROWS else tokens // 24
