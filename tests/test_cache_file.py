@@ -20,7 +20,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWin
 from tests.common import as_version_1, packed_cache, packed_static_layer, packed_window_layer, states
 from tests.mutated_files import allowed, mutated, outcome, seeds
 from tqc.cache.io import CacheFileError, load_cache, save_cache
-from tqc.cache.packed_tensor import PackedTensor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -396,26 +395,6 @@ def test_changed_descriptions_load_or_raise_one_error(data, saved):
         load_cache(damaged(saved, change))
     except CacheFileError:
         pass
-
-
-@pytest.mark.parametrize(("version", "lengths"), [(1, [75, 3]), (2, [75, 230, 9, 75, 3])])
-def test_files_of_all_versions_load_for_ever(version, lengths):
-    cache = load_cache(GOLDEN / f"cache_v{version}.safetensors")
-    assert isinstance(cache, DynamicCache) and [layer.get_seq_length() for layer in cache.layers] == lengths
-    with safe_open(GOLDEN / f"cache_v{version}_values.safetensors", framework="pt") as expected:
-        for name in expected.keys():
-            layer, part = name.split(".")
-            found = getattr(cache.layers[int(layer)], part)
-            assert isinstance(found, PackedTensor) == (int(layer) < len(lengths) - 1)
-            torch.testing.assert_close(found.clone() + 0, expected.get_tensor(name))
-
-
-def test_the_golden_file_of_version_2_holds_what_version_1_had_not():
-    balanced, window, short, folded, _ = load_cache(GOLDEN / "cache_v2.safetensors").layers
-    for keys in (balanced.keys, window.keys):
-        assert keys.fmt.head(keys.dense)[:, :, 1].float().amax() > 8
-    assert window.keys.fmt.keep == 99 and window.keys.state.tolist() == [230, 224, 131]
-    assert short.keys.dense.shape[2] == 9 and not short.keys.pages.shape[2] and folded.values.fmt.folded
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_window", "golden"])
