@@ -18,17 +18,18 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from tests.common import packed_cache, packed_static_layer, states
+from tests.common import packed_cache, packed_static_layer, packed_window_layer, states
 from tqc.cache.io import CacheFileError, load_cache, save_cache
 from tqc.cache.packed_tensor import PackedTensor
 
+GOLDEN = Path(__file__).parent / "golden"
 DTYPES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "F64": 8, "I64": 8, "BOOL": 1}
 KINDS = ["DynamicCache", "StaticCache", "EncoderDecoderCache", "tuple", "DynamicLayer", "StaticLayer", "DummyLayer"]
 KINDS += ["DynamicSlidingWindowLayer", "StaticSlidingWindowLayer", "packed", "dense", "os.system", "", None]
 
 
 def seeds(folder: Path) -> list[Path]:
-    """A saved file of each kind of cache and layer."""
+    """A file of each kind of cache and layer, and the golden ones."""
     static = StaticCache(LlamaConfig(num_hidden_layers=1), max_cache_len=200)
     static.layers = [packed_static_layer()]
     dense, sliding = DynamicCache(), DynamicCache()
@@ -41,11 +42,13 @@ def seeds(folder: Path) -> list[Path]:
         layer.update(*states(20))
     caches: list[Any] = [packed_cache(100), packed_cache(5), packed_cache(40000, layers=1, dtype=torch.bfloat16)]
     caches += [EncoderDecoderCache(packed_cache(70), packed_cache(40)), (states(7), (packed_cache(50).layers[0].keys,))]
-    caches += [static, dense, sliding]
+    window = DynamicCache()
+    window.layers = [packed_window_layer(), packed_window_layer(60, dtype=torch.bfloat16)]
+    caches += [static, dense, sliding, window]
     paths = [folder / f"{i}.safetensors" for i in range(len(caches))]
     for cache, path in zip(caches, paths, strict=True):
         save_cache(cache, path)
-    return paths
+    return paths + [GOLDEN / f"cache_v{version}.safetensors" for version in (1, 2)]
 
 
 class File:
@@ -131,12 +134,14 @@ def _packed(file: File) -> list[dict[str, Any]]:
 def _change_spec(file: File, r: random.Random) -> None:
     """One part of a spec, in all tensors of the file or in one; sometimes with the tensors made to fit."""
     packed = _packed(file)
-    index, text = r.randrange(8), str(_number(r))
+    index, text = r.randrange(9), str(_number(r))
     for found in packed if r.random() < 0.5 else packed[:1]:
         parts = str(found["spec"]).split(":")
         if index < len(parts):
-            letter = parts[index][:1] if parts[index][:1] in "dbsw" else ""
-            parts[index] = r.choice([letter + text, letter + text, "haar", "plain", "centred", "folded", ""])
+            letter = parts[index].rstrip("0123456789")
+            parts[index] = r.choice([letter + text, letter + text, "haar", "plain", "centred", "folded", "", "keep99"])
+        elif r.random() < 0.5:
+            parts.append(f"keep{text}")
         found["spec"] = ":".join(parts)
 
 
@@ -150,7 +155,8 @@ def _change_counts(file: File, r: random.Random) -> None:
     if r.random() < 0.3:
         for name, found in file.tensors.items():
             if name.endswith(".state"):
-                found[2] = struct.pack("<qq", *(min(max(_number(r), -(2**63)), 2**63 - 1) for _ in range(2)))
+                count = len(found[2]) // 8
+                found[2] = struct.pack(f"<{count}q", *(min(max(_number(r), -(2**63)), 2**63 - 1) for _ in range(count)))
 
 
 def _change_tensor(file: File, r: random.Random) -> None:

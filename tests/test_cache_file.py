@@ -1,4 +1,4 @@
-"""Files of caches: damaged and hostile ones are refused, and those of version 1 load for ever."""
+"""Files of caches: damaged and hostile ones are refused, and those of all versions load for ever."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
-from tests.common import packed_cache, packed_static_layer, states
+from tests.common import as_version_1, packed_cache, packed_static_layer, packed_window_layer, states
 from tests.mutated_files import allowed, mutated, outcome, seeds
 from tqc.cache.io import CacheFileError, load_cache, save_cache
-from tqc.cache.packed_tensor import PackedTensor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -40,6 +39,13 @@ def damaged(path: Path, change: Any) -> Path:
     return result
 
 
+def content(path: Path) -> Any:
+    """The tensors of a file, in bytes."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return {name: (x.dtype, x.shape, x.flatten().view(torch.uint8).tolist()) for name, x in tensors.items()}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
@@ -53,6 +59,16 @@ def saved_static(tmp_path_factory):
     path = tmp_path_factory.mktemp("static") / "cache.safetensors"
     cache = StaticCache(LlamaConfig(num_hidden_layers=1), max_cache_len=200)
     cache.layers = [packed_static_layer()]
+    save_cache(cache, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved_window(tmp_path_factory):
+    """The last 99 of 230 tokens; 2 tokens are dropped in a page that is held."""
+    path = tmp_path_factory.mktemp("window") / "cache.safetensors"
+    cache = DynamicCache()
+    cache.layers = [packed_window_layer()]
     save_cache(cache, path)
     return path
 
@@ -86,7 +102,8 @@ def _metadata(**fields: Any):
     ("change", "message"),
     [
         (_metadata(tqc_cache=None), "is not a tqc cache"),
-        (_metadata(tqc_cache="2"), "version '2', and this package reads version 1"),
+        (_metadata(tqc_cache="3"), "version '3', and this package reads versions 1 and 2"),
+        (_metadata(tqc_cache="1"), "of version 1, and has a spec for layers.0.keys that is not: it begins with 'tq2'"),
         (_metadata(cache="{"), "not JSON"),
         (_metadata(cache="[" * 100_000), "not JSON"),
         (_metadata(cache="[]"), "no 'kind'"),
@@ -104,29 +121,37 @@ def _metadata(**fields: Any):
         (_layer(keys=None, values=None), "belongs to nothing"),
         (_set(kind="pickle"), "unknown kind 'pickle'"),
         (_set(spec="tq2:d16"), "malformed spec"),
-        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0"), "version 1"),
+        (_set(spec="tq1:d16:b3:centred:s4:w32:hadamard:0"), "is of version 2, and has a spec .* begins with 'tq1'"),
+        (_set(spec="tq3:d16:b3:centred:s4:w32:hadamard:0"), "is of version 2, and has a spec .* begins with 'tq3'"),
+        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0:keep200"), r"windows that keep and begin at \[\(200, 0\)"),
+        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0:keep99"), "holds 100 of 100 tokens from 0 on"),
+        (_set(spec="tq2:d16:b3:centred:s40:w96:hadamard:0"), "64 of 100 tokens that are packed"),
         (_set(spec="tq2:d16:b3:centred:s4:w032:hadamard:0"), "malformed spec"),
         (_set(spec="tq2:d65536:b3:centred:s4:w32:hadamard:0"), "at most 1024, got 65536"),
         (_set(spec="tq2:d16:b9:centred:s4:w32:hadamard:0"), "bits must be"),
-        (_set(spec="tq2:d24:b3:centred:s4:w32:hadamard:0"), r"keys.dense of shape \[2, 2, 37, 16\]"),
+        (_set(spec="tq2:d24:b3:centred:s4:w32:hadamard:0"), r"keys.dense of shape \[2, 2, 38, 16\]"),
         (_set(spec="tq2:d16:b4:centred:s4:w32:hadamard:0"), "keys.pages of shape"),
         (_set(length=-1), "'length' of layers.0.keys is -1"),
         (_set(length=2**70), "'length'"),
         (_set(length="100"), "no 'length' that is a int"),
         (_set(length=2**40), "tokens long"),
         (_set(length=99), "is 99 tokens long and holds 100"),
-        (_set(length=101), "keys .* and values"),
-        (_state(100, 0), "are packed, which cannot be"),
-        (_state(100, 96 + 32), "are packed, which cannot be"),
-        (_state(100, 65), "are packed, which cannot be"),
-        (_state(100, 96), "keys.pages of shape"),
-        (_state(-1, 0), "holds -1"),
-        (_state(100,), "keys.state of shape"),
+        (_set(length=101), "keys.pages of shape"),
+        (_set(length=0), "is 0 tokens long and holds 100"),
+        (_state(100, 0, 0), "that are packed, which cannot be"),
+        (_state(100, 96 + 32, 0), "that are packed, which cannot be"),
+        (_state(100, 65, 0), "that are packed, which cannot be"),
+        (_state(100, 96, 0), "keys.pages of shape"),
+        (_state(-1, 0, 0), "holds -1"),
+        (_state(100, 64), "keys.state of shape"),
+        (_state(100, 64, 1), "from 1 on and keeps all"),
+        (_state(100, 64, -1), "is 100 tokens long and holds 101"),
         (_tensor("keys.state", lambda x: x.int()), "keys.state of shape .* I32"),
         (_tensor("keys.pages", lambda x: x[:, :, :1]), "keys.pages of shape"),
         (_tensor("keys.pages", lambda x: x[:1]), "keys.pages of shape"),
         (_tensor("keys.pages", lambda x: x.to(torch.int8)), "keys.pages of shape .* I8"),
         (_tensor("keys.dense", lambda x: x[..., :8]), "keys.dense of shape"),
+        (_tensor("keys.dense", lambda x: x[:, :, :-1]), "keys.dense of shape"),
         (_tensor("keys.dense", lambda x: x.double()), "keys.dense of dtype F64"),
         (_tensor("keys.dense", lambda x: x[0]), "keys.dense of shape"),
         (_tensor("values.dense", lambda x: x.bfloat16()), "keys .* F32 and values .* BF16"),
@@ -141,15 +166,16 @@ def test_damaged_files_are_refused(change, message, saved):
     assert str(error.value).startswith(str(path))
 
 
-def _without_room(tensors: dict[str, torch.Tensor], *_: Any) -> None:
+def _without_room(tensors: dict[str, torch.Tensor], *others: Any) -> None:
     """As version 1 was first written: a file of that time does not hold the pages that there is room for."""
+    as_version_1(tensors, *others)
     for part in ("keys", "values"):
         tensors[f"layers.0.{part}.pages"] = tensors[f"layers.0.{part}.pages"][:, :, :2].contiguous()
 
 
 def _capacity(tokens: int):
     def change(tensors, description, metadata):
-        _without_room(tensors)
+        _without_room(tensors, description, metadata)
         layer = description["layers"][0]
         for part in (layer["keys"], layer["values"]):
             part["length"] = tokens
@@ -167,8 +193,8 @@ def _capacity(tokens: int):
         (_layer(max_cache_len=199), "keys for 200 tokens"),
         (_layer(cumulative_length=91), r"\[90, 90\] of them stored"),
         (_layer(cumulative_length=201), r"\[90, 90\] of them stored"),
-        (_state(89, 64), r"\[89, 90\] of them stored"),
-        (_state(92, 64), r"\[92, 90\] of them stored"),
+        (_state(89, 64, 0), r"\[89, 90\] of them stored"),
+        (_state(92, 64, 0), r"\[92, 90\] of them stored"),
         (_tensor("keys.pages", lambda x: x[:, :, :5]), "keys.pages of shape"),
         (_layer(keys=None, values=None), "counts tokens in layers.0, which has no keys"),
         (_layer(keys=None, values=None, cumulative_length=0, max_cache_len=2**40), "which no cache has"),
@@ -188,6 +214,74 @@ def test_preallocated_caches_without_their_room(saved_static):
     for name in ("keys", "values"):
         one, other = (getattr(layer, name) for layer in layers)
         assert one.pages.shape == other.pages.shape and torch.equal(one.pages, other.pages)
+
+
+def _windows(**numbers: int):
+    def change(tensors, description, metadata):
+        for name in ("keys", "values"):
+            part = description["layers"][0][name]
+            part["spec"] = (
+                part["spec"].replace("keep99", f"keep{numbers['keep']}") if "keep" in numbers else part["spec"]
+            )
+            part["length"] = numbers.get("length", part["length"])
+            if "state" in numbers:
+                tensors[f"layers.0.{name}.state"] = torch.tensor(numbers["state"])
+
+    return change
+
+
+def _empty(tensors: dict[str, torch.Tensor], description: Any, metadata: Any) -> None:
+    """Nothing, of a batch so large that the two rows which it gets in memory are too many."""
+    description["layers"][0]["cumulative_length"] = 0
+    for name in ("keys", "values"):
+        description["layers"][0][name]["length"] = 0
+        pages = tensors[f"layers.0.{name}.pages"].shape[3]
+        tensors[f"layers.0.{name}.pages"] = torch.zeros(2**20, 2**10, 0, pages, dtype=torch.uint8)
+        tensors[f"layers.0.{name}.dense"] = torch.zeros(2**20, 2**10, 0, 16)
+        tensors[f"layers.0.{name}.state"] = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_windows(state=[230, 224, 130], length=100), "holds 100 of 230 tokens from 130 on and keeps the last 99"),
+        (_windows(state=[230, 224, 231]), "is 99 tokens long and holds -1|from 231 on"),
+        (_windows(state=[230, 224, 200]), "keys.pages of shape"),
+        (_windows(state=[229, 224, 131]), "has keys for 99 tokens"),
+        (_windows(state=[230, 192, 131]), "192 of 230 tokens that are packed"),
+        (_windows(state=[2**62, 2**62 - 32, 2**62 - 99]), "is 99 tokens long"),
+        (_windows(keep=98), "keeps the last 98"),
+        (_windows(keep=120), r"keep and begin at \[\(120, 131\), \(120, 131\)\] in layers.0"),
+        (_windows(keep=2**24, length=2**20), "has keys for 1048576 tokens"),
+        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0"), "from 131 on and keeps all"),
+        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0:keep099"), "malformed spec"),
+        (_state(229, 224, 130), r"windows that keep and begin at \[\(99, 130\), \(99, 131\)\]"),
+        (_tensor("keys.pages", lambda x: x[:, :, 1:]), "keys.pages of shape"),
+        (_tensor("keys.pages", lambda x: torch.cat([x, x[:, :, :1]], 2)), "keys.pages of shape"),
+        (_layer(kind="DynamicLayer"), "windows that keep"),
+        (_layer(sliding_window=90), "and states"),
+        (_layer(sliding_window=101), "and states"),
+        (_empty, "has room for tokens of .* bytes"),
+    ],
+)
+def test_windows_that_do_not_add_up(change, message, saved_window):
+    with pytest.raises(CacheFileError, match=message):
+        load_cache(damaged(saved_window, change))
+
+
+def test_room_in_a_window_is_believed_up_to_a_size(saved_window):
+    """As for a preallocated cache, of which the file holds no page."""
+
+    def change(tensors, description, metadata):
+        cache = {"kind": "tuple", "layers": [[description["layers"][0]["keys"]], [None]]}
+        cache["layers"][0][0] |= {"length": 2**23, "spec": cache["layers"][0][0]["spec"].replace("99", str(2**23))}
+        metadata["cache"] = json.dumps(cache)
+        for part in ("pages", "dense", "state"):
+            tensors[f"layers.0.0.{part}"] = tensors.pop(f"layers.0.keys.{part}")
+            del tensors[f"layers.0.values.{part}"]
+
+    with pytest.raises(CacheFileError, match="has room for tokens of .* bytes that it does not hold"):
+        load_cache(damaged(saved_window, change))
 
 
 @pytest.mark.parametrize(
@@ -303,12 +397,34 @@ def test_changed_descriptions_load_or_raise_one_error(data, saved):
         pass
 
 
-def test_files_of_version_1_load_for_ever():
-    cache = load_cache(GOLDEN / "cache_v1.safetensors")
-    assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 75
-    with safe_open(GOLDEN / "cache_v1_values.safetensors", framework="pt") as expected:
-        for name in ("0.keys", "0.values", "1.keys", "1.values"):
-            layer, part = name.split(".")
-            found = getattr(cache.layers[int(layer)], part)
-            assert isinstance(found, PackedTensor) == (layer == "0")
-            torch.testing.assert_close(found.clone() + 0, expected.get_tensor(name))
+@pytest.mark.parametrize("name", ["saved", "saved_window", "golden"])
+def test_a_file_of_version_2_that_was_loaded_is_saved_the_same(name, request, tmp_path):
+    """So what a file holds is one order of its tokens, whatever memory they were in."""
+    path = GOLDEN / "cache_v2.safetensors" if name == "golden" else request.getfixturevalue(name)
+    save_cache(load_cache(path), tmp_path / "again")
+    assert content(tmp_path / "again") == content(path)
+
+
+@pytest.mark.parametrize("length", [3, 36, 37, 100])
+def test_files_of_version_1_are_those_of_version_2_in_another_order(length, tmp_path):
+    save_cache(packed_cache(length), tmp_path / "now")
+    save_cache(load_cache(damaged(tmp_path / "now", as_version_1)), tmp_path / "converted")
+    assert content(tmp_path / "now") == content(tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(spec="tq1:d16:b3:centred:s4:w32:hadamard:0:keep100"), "malformed spec"),
+        (_set(spec="tq2:d16:b3:centred:s4:w32:hadamard:0"), "is of version 1, and has a spec .* begins with 'tq2'"),
+        (_state(100, 64, 0), "keys.state of shape"),
+        (_tensor("keys.dense", lambda x: x[:, :, 1:]), "keys.dense of shape"),
+    ],
+)
+def test_files_of_version_1_that_are_mixed_with_another(change, message, saved):
+    def both(*parts):
+        as_version_1(*parts)
+        change(*parts)
+
+    with pytest.raises(CacheFileError, match=message):
+        load_cache(damaged(saved, both))

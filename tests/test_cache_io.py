@@ -18,7 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import tqc
-from tests.common import packed_cache, packed_static_layer, states
+from tests.common import assert_same, packed_cache, packed_static_layer, round_trip, states
 from tqc.cache.io import cache_bytes, load_cache, save_cache
 from tqc.cache.packed_tensor import PackedTensor, pack, write_at
 from tqc.format import PackedFormat
@@ -37,39 +37,6 @@ def tiny(model: str = "Llama", **config: Any) -> Any:
     found = cls(getattr(transformers, f"{model}{'Text' if model == 'Gemma3' else ''}Config")(**small, **config)).eval()
     found.generation_config.eos_token_id = None
     return found
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Two caches hold the same layers, tensors, packed parts and numbers."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.shape == other.shape and one.dtype == other.dtype
-        if isinstance(one, PackedTensor):
-            assert one.fmt == other.fmt and one.state.tolist() == other.state.tolist()
-            assert torch.equal(one.dequantize(), other.dequantize())
-        else:
-            assert torch.equal(one, other)
-    elif isinstance(one, (tuple, list)):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_same(one[name], other[name])
-    elif hasattr(one, "layers") or hasattr(one, "keys") or hasattr(one, "self_attention_cache"):
-        # generate() marks the caches that it was given.
-        assert_same(*({name: v for name, v in vars(x).items() if name != "_is_user_defined"} for x in (one, other)))
-    else:
-        assert one == other
-
-
-def round_trip(cache: Any, folder: Path) -> Any:
-    save_cache(cache, folder / "cache.safetensors")
-    assert [file.name for file in folder.iterdir()] == ["cache.safetensors"]
-    loaded = load_cache(folder / "cache.safetensors")
-    assert_same(cache, loaded)
-    return loaded
 
 
 # Round trips
@@ -227,6 +194,25 @@ def test_generation_goes_on_as_without_the_round_trip(implementation, compressed
         for cache in (loaded, first.past_key_values)
     ]
     assert torch.equal(*texts)
+    torch.compiler.reset()
+
+
+def test_generation_with_packed_windows_goes_on(tmp_path):
+    layers = ["sliding_attention", "full_attention"]
+    model = tiny("Gemma3", layer_types=layers, sliding_window=50, query_pre_attn_scalar=16)
+    model.compile(backend="tqai", options=OPTIONS)
+    prompt = torch.randint(2, 96, (2, 110), generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": False, "return_dict_in_generate": True, "use_cache": True}
+    first = model.generate(prompt, max_new_tokens=6, **options)
+    window = first.past_key_values.layers[0]
+    assert isinstance(window, DynamicSlidingWindowLayer) and isinstance(window.keys, PackedTensor)
+    loaded = round_trip(first.past_key_values, tmp_path)
+    texts = [
+        model.generate(first.sequences, past_key_values=cache, max_new_tokens=40, **options)
+        for cache in (loaded, first.past_key_values)
+    ]
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+    assert_same(*(text.past_key_values for text in texts))
     torch.compiler.reset()
 
 

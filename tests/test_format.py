@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tqc.cache.packed_tensor import extend, pack
+from tqc.config import Config
 from tqc.format import (
     ALIGNMENT,
     HEADER_BYTES,
@@ -264,3 +267,46 @@ def test_sizes_in_the_document():
             sizes = [PackedFormat(head_dim, bits, centred).page_bytes for centred in (True, False)]
             row = " | ".join(f"{size:,} | {size / 4 / head_dim:.4f}" for size in sizes)
             assert f"| {head_dim} | {bits} | {row} |" in text
+
+
+def test_all_in_bits_and_rows_in_the_document():
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    formats = Config().formats(64, 64)
+    new = torch.zeros(1, 1, 4096, 64, dtype=torch.bfloat16)
+    held = [pack(new[:, :, :3000], fmt, lambda *parts: None) for fmt in formats]
+    for at in range(3000, 4096):
+        held = [extend(x, new[:, :, at : at + 1], lambda *parts: None) for x in held]
+    bits = 8 * sum(x.packed_nbytes() - 24 for x in held) / (2 * 4096 * 64)
+    pages, rows = ([getattr(x, part).shape[2] for x in held] for part in ("pages", "dense"))
+    assert pages == [125, 125] and rows == [102, 100]
+    assert f"8 * (125 * (848 + 816) + (102 + 100) * 128) / (2 * 4096 * 64) = {bits:.2f} bits" in " ".join(text.split())
+
+
+def decode_by_the_document(state, pages, dense, fmt):
+    """docs/format.md in plain Python: the tokens of one head of an unfolded cache file."""
+    s, w = fmt.sink_tokens, fmt.residual_window
+    length, packed, begin = state
+    first = max(0, begin - s) // 32
+    centre, balance = dense[s + w : s + w + 2] if packed and fmt.centred else ([0.0] * fmt.head_dim, 1.0)
+    for t in range(begin, length):
+        if s <= t < s + packed:
+            page, token = divmod(t - s, 32)
+            y = decode_token_by_the_document(bytes(pages[page - first]), token, fmt, centre)
+            yield unrotate(torch.tensor(y), fmt) * torch.tensor(balance)
+        else:
+            yield torch.tensor(dense[t if t < s else s + (t - s) % w])
+
+
+@pytest.mark.parametrize("name", ["0.keys", "0.values", "1.keys", "1.values", "2.keys", "2.values", "3.keys"])
+def test_cache_files_are_as_documented(name):
+    with safe_open(GOLDEN / "cache_v2.safetensors", framework="pt") as file:
+        layer, part = name.split(".")
+        spec = json.loads(file.metadata()["cache"])["layers"][int(layer)][part]["spec"]
+        pages, dense, state = (file.get_tensor(f"layers.{name}.{part}") for part in ("pages", "dense", "state"))
+    expected = load_file(GOLDEN / "cache_v2_values.safetensors")[name][0]
+    for head in range(2):
+        found = decode_by_the_document(
+            state.tolist(), pages[0, head].tolist(), dense[0, head].float().tolist(), PackedFormat.parse(spec)
+        )
+        found = torch.stack(list(found)).bfloat16()
+        torch.testing.assert_close(found, expected[head], rtol=2**-7, atol=1e-5)

@@ -1,6 +1,7 @@
 """Wrote pages.safetensors and pages.json, once for each version of the packed format. Kept to show how.
 
-Run it for a new format version only: the files of version 1 must decode for ever as they do.
+Version 1 wrote them; version 2 did not change pages (`head` of a case is `centre` there, and its balance is 1). Run it
+for a version that does, into other files: these must decode for ever as they do.
 """
 
 import json

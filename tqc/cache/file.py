@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.cache.storage import Storage
+from tqc.cache.storage import MIN_ROWS
+from tqc.cache.stored import MAX_TOKENS, Stored, from_version_1, loaded
 from tqc.config import cacheable_dtype
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PackedFormat
+from tqc.format.packed import FORMAT_VERSION
 from tqc.torch_private import LAYER_COUNTERS, fill_layer, layer_counters, new_layer
 
-FILE_VERSION = 1
-# A preallocated cache states its capacity; no more tokens than this are believed.
-MAX_TOKENS = 1 << 24
+FILE_VERSION = FORMAT_VERSION
+VERSIONS = (1, 2)
 # Bytes that may be allocated for tokens which a file has room for, but does not hold.
 MAX_ROOM = 1 << 25
 # Names, shapes and the description; enough for 2000 layers. Objects of Python take twenty times what JSON does.
@@ -53,6 +54,7 @@ class CacheFile:
         self.names = set(handle.keys())
         self.used: set[str] = set()
         self.needed = self.room = 0
+        self.version = FILE_VERSION
 
     def check_whole(self) -> None:
         """To be called when all parts have been checked, before the first is read."""
@@ -71,11 +73,12 @@ class CacheFile:
         version = metadata.get("tqc_cache")
         if version is None:
             raise CacheFileError("is not a tqc cache: its metadata has no field 'tqc_cache'")
-        if version != str(FILE_VERSION):
+        if version not in map(str, VERSIONS):
+            known = " and ".join(map(str, VERSIONS))
             raise CacheFileError(
-                f"is of tqc cache version {version!r}, and this package reads version {FILE_VERSION}: a newer one may "
-                "read it"
+                f"is of tqc cache version {version!r}, and this package reads versions {known}: a newer one may read it"
             )
+        self.version = int(version)
         try:
             return json.loads(metadata.get("cache", ""))
         except (ValueError, RecursionError):
@@ -137,45 +140,43 @@ class CacheFile:
             if math.prod(max(size, 1) for size in shape) >= 2**62:
                 raise CacheFileError(f"has {name} of shape {shape}, which no tensor has")
             self.needed += math.prod(shape) * DENSE_DTYPES[dtype].itemsize
-            return _Part(shape, dtype, None, lambda: self._read(name))
+            return _Part(shape, dtype, None, lambda: self.handle.get_tensor(name).to(self.device, copy=True))
         if kind != "packed":
             raise CacheFileError(f"has {name} of unknown kind {kind!r}")
         return self._packed(found, name)
 
     def _packed(self, found: Any, name: str) -> _Part:
-        fmt = _format(_field(found, "spec", str, name), name)
+        fmt = _format(_field(found, "spec", str, name), self.version, name)
         length = _count(found, "length", name)
         shape, dtype = self._part(f"{name}.dense")
         if dtype not in DENSE_DTYPES or not cacheable_dtype(DENSE_DTYPES[dtype]):
             raise CacheFileError(f"has {name}.dense of dtype {dtype}")
-        if len(shape) != 4 or 0 in shape:
+        if len(shape) != 4 or 0 in shape[:2]:
             raise CacheFileError(f"has {name}.dense of shape {shape}, not [batch, heads, rows, head_dim]")
         batch, heads = shape[:2]
-        self._expect(f"{name}.dense", [batch, heads, fmt.dense_rows, fmt.head_dim], dtype)
-        self._expect(f"{name}.state", [3], "I64")
-        stored, packed, begin = self.handle.get_tensor(f"{name}.state").tolist()
-        if not 0 <= stored <= length <= MAX_TOKENS:
-            raise CacheFileError(f"says that {name} is {length} tokens long and holds {stored}")
-        lowest, highest = fmt.packed_tokens(stored), max(0, stored - fmt.sink_tokens)
-        if packed % PAGE_TOKENS or not lowest <= packed <= highest:
-            raise CacheFileError(f"says that {packed} of the {stored} tokens of {name} are packed, which cannot be")
-        # Version 1 was first written without the pages that a preallocated cache has room for.
-        used, full = packed // PAGE_TOKENS, max(packed, fmt.packed_tokens(length)) // PAGE_TOKENS
-        held = full if self._part(f"{name}.pages")[0][2:3] == [full] else used
-        self._expect(f"{name}.pages", [batch, heads, held, fmt.page_bytes], "U8")
-        num_pages = full
+        self._expect(f"{name}.state", [self.version + 1], "I64")
+        state = [*self.handle.get_tensor(f"{name}.state").tolist(), 0]
+        numbers = Stored(fmt, length, *state[:3])
+        if fault := numbers.fault():
+            raise CacheFileError(f"says that {name} {fault}")
+        rows, pages = numbers.rows, numbers.pages
+        if self.version == 1:
+            rows = 1 + fmt.token_rows
+            # It was first written without the pages that a preallocated cache has room for.
+            pages = pages if self._part(f"{name}.pages")[0][2:3] == [pages] else numbers.held_pages
+        self._expect(f"{name}.dense", [batch, heads, rows, fmt.head_dim], dtype)
+        self._expect(f"{name}.pages", [batch, heads, pages, fmt.page_bytes], "U8")
         page_bytes = batch * heads * fmt.page_bytes
-        self.needed += num_pages * page_bytes + math.prod(shape) * DENSE_DTYPES[dtype].itemsize
-        self.room += (num_pages - held) * page_bytes
+        row_bytes = batch * heads * fmt.head_dim * DENSE_DTYPES[dtype].itemsize
+        self.needed += numbers.num_pages * page_bytes + max(MIN_ROWS, numbers.rows) * row_bytes
+        self.room += max(0, numbers.num_pages - max(1, pages)) * page_bytes + (0 if rows else MIN_ROWS * row_bytes)
 
         def read() -> PackedTensor:
-            pages = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=self.device)
-            pages[:, :, :used] = self.handle.get_tensor(f"{name}.pages")[:, :, :used].to(self.device)
-            state = torch.tensor([stored, packed, begin], device=self.device)
-            storage = Storage(pages, self._read(f"{name}.dense"), state, fmt, stored, packed, begin)
-            return PackedTensor(storage, length, begin)
+            dense = self.handle.get_tensor(f"{name}.dense")
+            dense = from_version_1(dense, numbers) if self.version == 1 else dense
+            return loaded(numbers, self.handle.get_tensor(f"{name}.pages"), dense, self.device)
 
-        return _Part([batch, heads, length, fmt.head_dim], dtype, stored, read)
+        return _Part([batch, heads, length, fmt.head_dim], dtype, numbers, read)
 
     def _part(self, name: str) -> tuple[list[int], str]:
         if name not in self.names:
@@ -189,16 +190,12 @@ class CacheFile:
         if found != (shape, dtype):
             raise CacheFileError(f"has {name} of shape {found[0]} and dtype {found[1]}, not {shape} and {dtype}")
 
-    def _read(self, name: str) -> Tensor:
-        # A copy: the tensor that safetensors hands out is the mapped file.
-        return self.handle.get_tensor(name).to(self.device, copy=True)
-
 
 class _Part:
-    """A tensor of the file that has been checked; `stored` counts the tokens in a packed one."""
+    """A tensor of the file that has been checked; `packed` says how many tokens are in a packed one."""
 
-    def __init__(self, shape: list[int], dtype: str, stored: int | None, read: Callable[[], Tensor]) -> None:
-        self.shape, self.dtype, self.stored, self.read = shape, dtype, stored, read
+    def __init__(self, shape: list[int], dtype: str, packed: Stored | None, read: Callable[[], Tensor]) -> None:
+        self.shape, self.dtype, self.packed, self.read = shape, dtype, packed, read
 
 
 def _check_layer(kind: str, numbers: dict[str, int], keys: _Part, values: _Part, name: str) -> None:
@@ -213,9 +210,14 @@ def _check_layer(kind: str, numbers: dict[str, int], keys: _Part, values: _Part,
     if len(keys.shape) != 4:
         raise CacheFileError(f"has keys of shape {keys.shape} in {name}, not [batch, heads, length, head_dim]")
     length = keys.shape[2]
-    stored = [part.stored for part in (keys, values) if part.stored is not None]
+    packed = [part.packed for part in (keys, values) if part.packed is not None]
+    stored = [part.stored - part.begin for part in packed]
     if len(set(stored)) > 1 or not _can_have_counted(kind, numbers, length, stored):
         raise CacheFileError(f"has keys for {length} tokens in {name}, {stored} of them stored, and states {numbers}")
+    windows = [(part.fmt.keep, part.begin) for part in packed]
+    keep = numbers.get("sliding_window", 0) - 1 if kind == "DynamicSlidingWindowLayer" else None
+    if len(set(windows)) > 1 or any(window not in (None, keep) for window, _ in windows):
+        raise CacheFileError(f"has windows that keep and begin at {windows} in {name}, and states {numbers}")
 
 
 def _can_have_counted(kind: str, numbers: dict[str, int], length: int, stored: list[int]) -> bool:
@@ -289,12 +291,18 @@ def _list(found: Any, where: str) -> list[Any]:
     return found
 
 
-def _format(spec: str, name: str) -> PackedFormat:
+def _format(spec: str, version: int, name: str) -> PackedFormat:
+    if (number := spec.split(":")[0]) != f"tq{version}":
+        raise CacheFileError(
+            f"is of version {version}, and has a spec for {name} that is not: it begins with {number!r}"
+        )
+    # Version 1 knew no windows; else its specs say the same.
+    now = spec if version == FORMAT_VERSION else spec.replace(number, f"tq{FORMAT_VERSION}", 1)
     try:
-        fmt = PackedFormat.parse(spec)
+        fmt = PackedFormat.parse(now)
     except ValueError as error:
         raise CacheFileError(f"has a spec for {name} that cannot be read: {error}") from None
-    if str(fmt) != spec:
+    if str(fmt) != now or (version == 1 and fmt.keep is not None):
         raise CacheFileError(f"has a malformed spec for {name}: {spec!r}")
     return fmt
 

@@ -5,14 +5,16 @@ object which says what the tensors are:
 
     {"kind": "DynamicCache", "grows": true, "layers": [
         {"kind": "DynamicLayer",
-         "keys": {"kind": "packed", "spec": "tq1:d64:b3:centred:s4:w64:hadamard:0", "length": 100},
+         "keys": {"kind": "packed", "spec": "tq2:d64:b3:centred:s4:w64:hadamard:0", "length": 100},
          "values": {"kind": "dense"}}]}
 
-A packed tensor `layers.0.keys` is stored as `layers.0.keys.pages` (those in use, and zeros where a preallocated cache
-has room; no spare ones), `layers.0.keys.dense` and `layers.0.keys.state` (see `tqc.format`), a dense one under its own
-name. An `EncoderDecoderCache` holds two caches
-with the prefixes `self_attention.` and `cross_attention.`; a plain tuple of layers has kind `tuple`, and each of its
-layers is a list of tensors (`layers.0.0`, `layers.0.1`, ...).
+A packed tensor `layers.0.keys` is stored as `layers.0.keys.pages`, `layers.0.keys.dense` and `layers.0.keys.state`, in
+the one order and size that its tokens have whatever memory they lay in (see `tqc.cache.stored`); a dense one under its
+own name. An `EncoderDecoderCache` holds two caches with the prefixes `self_attention.` and `cross_attention.`; a plain
+tuple of layers has kind `tuple`, and each of its layers is a list of tensors (`layers.0.0`, `layers.0.1`, ...).
+
+Files have the version of their packed tensors. In those of version 1 specs begin with `tq1`, `state` has no third
+number and `dense` has a row for the centre in front of the tokens; they are converted while they are read.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from tqc.cache.file import CACHE_KINDS, DENSE_DTYPES, FILE_VERSION, MAX_HEADER_BYTES, CacheFile, CacheFileError
 from tqc.cache.packed_tensor import PackedTensor
-from tqc.format import PAGE_TOKENS
+from tqc.cache.stored import stored
 from tqc.torch_private import LAYER_COUNTERS, cache_grows, layer_counters
 
 
@@ -173,18 +175,9 @@ def _describe_tensor(tensor: Tensor | None, name: str, tensors: dict[str, Tensor
             raise TypeError(f"cannot save {name}: its dtype {tensor.dtype} is not one of a cache")
         tensors[name] = _own(tensor)
         return {"kind": "dense"}
-    storage, length = tensor.packed_storage, tensor.shape[2]
-    if length < storage.length:
-        storage = storage.copy(length)
-    used, full = (
-        tokens // PAGE_TOKENS for tokens in (storage.packed, storage.fmt.packed_tokens(length, storage.packed))
-    )
-    pages = torch.zeros(*storage.pages.shape[:2], full, storage.fmt.page_bytes, dtype=torch.uint8)
-    pages[:, :, :used] = storage.pages[:, :, :used]
-    tensors[f"{name}.pages"] = pages
-    tensors[f"{name}.dense"] = _own(storage.dense)
-    tensors[f"{name}.state"] = _own(storage.state)
-    return {"kind": "packed", "spec": str(storage.fmt), "length": length}
+    numbers, parts = stored(tensor)
+    tensors.update({f"{name}.{part}": found for part, found in parts.items()})
+    return {"kind": "packed", "spec": str(numbers.fmt), "length": numbers.length}
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -228,6 +228,8 @@ def _cat_rows(tensors: list[Any]) -> Any:
     if len(alike) > 1 or None in alike:
         return NotImplemented
     parts = [t.packed_storage.copy(t._stored()) for t in tensors]
+    for part in parts:  # rings of pages get one size
+        part.reserve(part.length)
     if len({(part.packed, part.begin, part.fmt.keep and part.pages.shape[2]) for part in parts}) > 1:
         return NotImplemented
     return PackedTensor(Storage.of_rows(parts), tensors[0].shape[2], tensors[0].begin)
@@ -344,8 +346,8 @@ def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs
         return NotImplemented
     s = x.packed_storage.copy(x._stored())
     device = device or x.device
-    parts = (part.to(device) for part in (s.pages, s.dense, s.state))
-    return PackedTensor(Storage(*parts, s.fmt, s.length, s.packed, s.begin), x.shape[2], x.begin)
+    pages, dense, state = (part.to(device) for part in (s.pages, s.dense, s.state))
+    return PackedTensor(Storage(pages, dense, state, s.fmt, s.length, s.packed, s.begin), x.shape[2], x.begin)
 
 
 @_handles(aten.zero_.default)

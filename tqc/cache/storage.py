@@ -19,7 +19,8 @@ from tqc.torch_private import mark_dynamic
 _GROWTH = 128
 _FEW_PAGES = 8
 _FEW_ROWS = 64
-_MIN_ROWS = 2  # a size of 1 would be a constant to dynamo
+# A size of 1 would be a constant to dynamo.
+MIN_ROWS = 2
 
 
 class Storage:
@@ -55,7 +56,7 @@ class Storage:
     ) -> Storage:
         """Empty storage with room for `tokens` tokens."""
         pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.page_bytes, dtype=torch.uint8, device=device)
-        dense = fmt.empty_dense(batch, heads, max(_MIN_ROWS, fmt.rows_for(tokens)), dtype, device)
+        dense = fmt.empty_dense(batch, heads, max(MIN_ROWS, fmt.rows_for(tokens)), dtype, device)
         return cls(pages, dense, torch.zeros(3, dtype=torch.int64, device=device), fmt, 0, 0, 0)
 
     @property
@@ -120,13 +121,16 @@ class Storage:
         if needed > present:
             spare = 0 if needed < _FEW_PAGES else max(1, needed // _GROWTH)
             batch, heads, _, page_bytes = self.pages.shape
-            pages = self.pages.new_empty(
-                batch, heads, min(needed + spare, self.fmt.ring_pages or needed + spare), page_bytes
-            )
-            pages[:, :, :present] = self.pages
+            number = min(needed + spare, self.fmt.ring_pages or needed + spare)
+            pages, last = self.pages.new_empty(batch, heads, number, page_bytes), self.packed // PAGE_TOKENS
+            if last <= present:
+                pages[:, :, :last] = self.pages[:, :, :last]
+            else:
+                held = torch.arange(last - present, last, device=pages.device)
+                pages[:, :, held % number] = self.pages[:, :, held % present]
             self.pages = pages
         if self.fmt.rows_for(tokens) > self.dense.shape[2]:
-            spare = max(1, tokens // 8) if tokens < _FEW_ROWS else tokens // 20
+            spare = max(1, tokens // 8) if tokens < _FEW_ROWS else tokens // 24
             self._grow_dense(self.fmt.rows_for(tokens) if tokens + spare > self.fmt.token_rows else tokens + spare)
 
     def _grow_dense(self, rows: int) -> None:
@@ -153,11 +157,14 @@ class Storage:
         return storage
 
     def _loses(self, end: int) -> bool:
-        """Whether pages that are written up to position `end` take the place of some that are still read."""
-        written = self.fmt.packed_tokens(end, self.packed) // PAGE_TOKENS
-        replaced = written - max(self.pages.shape[2], self.fmt.pages_for(end))
-        lost = self.fmt.sink_tokens + replaced * PAGE_TOKENS
-        return replaced > 0 and any(tensor.begin < lost for tensor in self.readers())
+        """Whether tokens that are still read are lost on the way to position `end`: pages take the place of theirs, or
+        they leave the ring for a page that is not stored, since the window has passed it."""
+        packed = self.fmt.packed_tokens(end, self.packed)
+        lost = packed // PAGE_TOKENS - max(self.pages.shape[2], self.fmt.pages_for(end))
+        passed = min(packed, self.fmt.first_held(end, self.begin) - self.fmt.sink_tokens) // PAGE_TOKENS
+        if passed > self.packed // PAGE_TOKENS:
+            lost = max(lost, passed)
+        return lost > 0 and any(tensor.begin < self.fmt.sink_tokens + lost * PAGE_TOKENS for tensor in self.readers())
 
     def state_behind(self, count: int) -> tuple[int, int, int]:
         """Length, packed and begin once `count` more tokens are stored."""

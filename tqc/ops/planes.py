@@ -231,8 +231,8 @@ def attend(
     coded, first, count = packed_pages(k_pages, k_state, min(int(k_state[0]), begin + length), k_fmt)
     if count:
         added = correction(query, coded, k_fmt.head(k_dense), scale, k_fmt)[..., first % PAGE_TOKENS :][..., :count]
-        column = k_fmt.sink_tokens + first - begin
-        scores[..., column : column + count] += added
+        at = k_fmt.sink_tokens + first - begin
+        scores[..., at : at + count] += added
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None:
