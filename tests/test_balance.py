@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.common import normal
 from tqc.format import PackedFormat
 from tqc.format.balance import LARGEST, balance
-from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_centre
+from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_rows
 
 DIM = 64
 
@@ -24,9 +24,8 @@ def gain(channels, factor):
 def score_error(keys, query, s, bits=3):
     """Mean squared error of the scores of coded keys."""
     fmt = PackedFormat(DIM, bits, True)
-    scaled = keys / s[:, :, None]
-    centre = head_centre(scaled[:, :, :32], fmt)
-    coded = decoded(decode_pages(encode_pages(scaled, centre, fmt), centre, fmt), fmt) * s[:, :, None]
+    head = head_rows(keys[:, :, :32], fmt, s[:, :, None])
+    coded = decoded(decode_pages(encode_pages(keys, head, fmt), head, fmt), head, fmt)
     query = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     return (query @ (coded - keys).transpose(-1, -2)).square().mean().item()
 

@@ -27,9 +27,11 @@ from torch import Tensor
 
 from tqc.format.quantizer import without_autocast
 
-# At most about so many rows are looked at, spread over those given.
+# At most about so many rows are looked at, spread over those given; fewer queries where there are so many heads and
+# sequences that their scores would take more than this.
 SAMPLED_KEYS = 1024
 SAMPLED_QUERIES = 256
+MOST_SCORES = 1 << 24
 # A mean square counts as at least this part of the head's median: a channel that hardly varies so far may do so later.
 # Keys are held tighter, for many more of them come.
 LEAST_OF_KEYS = 1e-3
@@ -40,7 +42,7 @@ TINY = 1e-30
 
 
 @without_autocast
-def balance(keys: Tensor, query: Tensor, scale: float | None = None) -> Tensor:
+def balance(keys: Tensor, query: Tensor) -> Tensor:
     """Balance s of the channels of each head.
 
     Args:
@@ -48,17 +50,17 @@ def balance(keys: Tensor, query: Tensor, scale: float | None = None) -> Tensor:
             (behind the rotary embedding); a prefill's are best given whole.
         query: [batch, query_heads, rows, head_dim], rows >= 1, queries of the same call; query head h reads the keys
             of head h // (query_heads // heads).
-        scale: factor of the scores; head_dim ** -0.5 if None.
 
     Returns:
         [batch, heads, head_dim] in keys' dtype, between 1 / 1024 and 1024 with the median 1; ones in heads for which
         there is nothing to go by. Rows that are zeros or hold a NaN or an infinity are ignored.
     """
-    grouped = _spread(query, SAMPLED_QUERIES).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    q, query_good, query_peak = _usable(grouped)
     k, key_good, key_peak = _usable(_spread(keys, SAMPLED_KEYS))
+    most = MOST_SCORES // max(1, query.shape[0] * query.shape[1] * k.shape[2])
+    grouped = _spread(query, min(SAMPLED_QUERIES, max(1, most))).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    q, query_good, query_peak = _usable(grouped)
     k = (k - k.sum(2, keepdim=True) / key_good.sum(2, keepdim=True).clamp_min(1)) * key_good
-    factor = (keys.shape[-1] ** -0.5 if scale is None else scale) * query_peak * key_peak
+    factor = keys.shape[-1] ** -0.5 * query_peak * key_peak
     scores = ((q @ k.transpose(-1, -2)) * factor.clamp(max=1e30)).masked_fill(~key_good.transpose(-1, -2), -1e35)
     weights = scores.softmax(-1)
     pairs = query_good.float() * key_good.float().transpose(-1, -2)
