@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 512),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 1),
-    **{"eos_token_id": 2, "sliding_window": 24, "word_embed_proj_dim": 64, "decoder_start_token_id": 1},
+    **{"eos_token_id": 2, "sliding_window": 48, "word_embed_proj_dim": 64, "decoder_start_token_id": 1},
     **{"mamba_d_state": 8, "mamba_d_conv": 4, "state_size": 8, "first_k_dense_replace": 1, "n_group": 1},
     **{"attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1]},
     **{"topk_group": 1, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
