@@ -193,8 +193,10 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     else:
         site.reason = _why_not_packed(site, outputs) or ""
         if not site.reason:
-            heads = [example(write.new).shape[-1] for write in (key, val)]
-            site.k_fmt, site.v_fmt = config.formats(int(heads[0]), int(heads[1]), key.keep)
+            shapes = [example(write.new).shape for write in (key, val)]
+            head_dims = [int(shape[-1]) for shape in shapes]
+            own = config.of_layer(site.layer, int(shapes[0][1]), *head_dims)
+            site.k_fmt, site.v_fmt = own.formats(*head_dims, key.keep)
         action = PACK
     if site.reason:
         return

@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -41,6 +41,17 @@ def _positive(text: str | int) -> int:
     return number
 
 
+def _bits_range(text: str) -> tuple[int, ...]:
+    first, _, last = text.partition("..")
+    try:
+        low, high = int(first), int(last or first)
+    except ValueError:
+        low, high = 0, 0
+    if not 1 <= low <= high <= 8:
+        raise typer.BadParameter(f"must be a range of widths from 1 to 8, as 2..4; got {text!r}")
+    return tuple(range(low, high + 1))
+
+
 def _count(help: str, parser: Callable[[str | int], int] = _whole_number) -> Any:
     return typer.Option(parser=parser, metavar="N", help=help)
 
@@ -54,6 +65,12 @@ BitsV = Annotated[int | None, _count("Bits of a value code: 1 to 8, or 16 for de
 Preset = Annotated[str | None, typer.Option(help="Named settings (see `tqc info`); other options override it.")]
 SinkTokens = Annotated[int | None, _count("Tokens at the start that stay dense.")]
 ResidualWindow = Annotated[int | None, _count("Recent tokens that stay dense at most, a multiple of 32.")]
+Widths = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Widths of each layer, from `tqc calibrate`, in place of the bits.")
+]
+BudgetBits = Annotated[
+    float | None, typer.Option(help="With --widths: choose anew, within so many code bits of an element.")
+]
 MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -96,20 +113,23 @@ def run(
     preset: Preset = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
-    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
+    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {_flag(next(iter(options)))}")
     with _status("loading the model") as status:
         loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compile_model, generate
 
-        compile_model(loaded, None if dense else options)
+        with _fitting_widths():
+            compile_model(loaded, None if dense else options)
         status.update("compiling (cached for the next time)")
 
         def show(text: str) -> None:
@@ -117,7 +137,8 @@ def run(
             if not as_json:
                 print(text, end="", flush=True)
 
-        result = generate(loaded, tokenizer, inputs, max_tokens, show)
+        with _fitting_widths():
+            result = generate(loaded, tokenizer, inputs, max_tokens, show)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -136,17 +157,20 @@ def compare(
     preset: Preset = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
-    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
+    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
     with _status("loading the model") as status:
         loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compare as compare_runs
 
-        result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
+        with _fitting_widths():
+            result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -162,6 +186,8 @@ def compare(
 def explain(
     prompt: Annotated[str, typer.Argument(help="Text that the model is traced with.")] = EXPLAIN_PROMPT,
     model: Model = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     dtype: Dtype = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
@@ -169,12 +195,14 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
+    options = _options(widths=widths, budget_bits=budget_bits)
     with _status("loading the model") as status:
         loaded, _, inputs = _load_with_prompt(model, dtype, prompt)
         import tqc
 
         status.update("tracing")
-        report = tqc.explain(loaded, **inputs, graphs=graphs)
+        with _fitting_widths():
+            report = tqc.explain(loaded, options=options, **inputs, graphs=graphs)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -189,6 +217,8 @@ def evaluate(
         list[str] | None, typer.Argument(help="Presets, or bits like k4v2, with parts like k3v3:w128:s8; all presets.")
     ] = None,
     model: Model = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
@@ -201,25 +231,24 @@ def evaluate(
     from tqc.evaluate.evaluation import evaluate as run_evaluation
     from tqc.evaluate.evaluation import parse_setting
 
-    settings = settings or [name for name in PRESETS if name != "off"]
+    calibrated = _options(widths=widths, budget_bits=budget_bits)
+    compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
-        for setting in settings:
+        for setting in compared:
             parse_setting(setting)
-        content = Path(text).read_text("utf-8") if text else None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"--text {text!r} is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
-    except OSError as error:
-        raise BadInput(f"--text {text!r} cannot be read: {error.strerror}") from None
+    content = _text_of(text)
+    compared += [calibrated] if calibrated else []
     if plot and not Path(plot).parent.is_dir():
         raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
     with _status("loading the model") as status:
         loaded, tokenizer = _load(model, dtype)
         try:
-            result = run_evaluation(
-                loaded, tokenizer, settings, text=content, tokens=tokens, peers=peers, on_step=status.update
-            )
+            with _fitting_widths():
+                result = run_evaluation(
+                    loaded, tokenizer, compared, text=content, tokens=tokens, peers=peers, on_step=status.update
+                )
         except ValueError as error:
             raise BadInput(str(error)) from None
     if as_json:
@@ -233,6 +262,50 @@ def evaluate(
             result.plot(plot)
         except (OSError, ValueError) as error:
             raise BadInput(f"--plot {plot!r} cannot be written: {error}") from None
+
+
+@app.command()
+def calibrate(
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="File to write the widths into.")],
+    model: Model = None,
+    budget_bits: Annotated[
+        float, typer.Option(help="Most code bits of an element: the mean over layers of (K + V) / 2.")
+    ] = 2.75,
+    widths: Annotated[Any, typer.Option(parser=_bits_range, metavar="A..B", help="Widths to choose from.")] = "2..4",
+    text: Annotated[
+        str | None, typer.Option(help="File of the text to look at; an essay of Python's if absent.")
+    ] = None,
+    tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 768,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the width that each layer's keys and values need, for --widths and `options={"widths": FILE}`."""
+    content = _text_of(text)
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
+        raise BadInput(
+            f"--out {out!r} cannot be written: {'it is a folder' if Path(out).is_dir() else 'no such folder'}"
+        )
+    if not budget_bits >= widths[0]:
+        raise BadInput(f"--budget-bits must be at least {widths[0]}, the least of the widths; got {budget_bits:g}")
+    with _status("loading the model"):
+        loaded, tokenizer = _load(model, dtype)
+    from tqc.cli.calibrate import find_widths, table, to_dict
+    from tqc.models import EMBEDDED_NAME
+
+    name = Path(model).name if model else EMBEDDED_NAME
+    try:
+        found = find_widths(loaded, tokenizer, budget_bits, widths, content, tokens, name, _stderr())
+        found.save(out)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        raise BadInput(f"--out {out!r} cannot be written: {error.strerror}") from None
+    if as_json:
+        print(json.dumps(to_dict(found)))
+    else:
+        from rich import print as rich_print
+
+        rich_print(table(found))
 
 
 @app.command()
@@ -250,11 +323,13 @@ def info(as_json: Json = False) -> None:
 
 
 def _options(
-    bits_k: int | None,
-    bits_v: int | None,
-    preset: str | None,
-    sink_tokens: int | None,
-    residual_window: int | None,
+    bits_k: int | None = None,
+    bits_v: int | None = None,
+    preset: str | None = None,
+    sink_tokens: int | None = None,
+    residual_window: int | None = None,
+    widths: str | None = None,
+    budget_bits: float | None = None,
 ) -> dict[str, Any]:
     """The backend's options that were given, checked before anything slow starts."""
     given = {
@@ -263,18 +338,33 @@ def _options(
         "preset": preset,
         "sink_tokens": sink_tokens,
         "residual_window": residual_window,
+        "widths": widths,
+        "budget_bits": budget_bits,
     }
     options = {name: value for name, value in given.items() if value is not None}
     from tqc.config import Config
+    from tqc.widths import WidthsFileError
 
     try:
         Config.from_options(options)
+    except WidthsFileError as error:
+        raise BadInput(f"--widths: {error}") from None
     except (ValueError, TypeError) as error:
         message = str(error)
         for name in given:
             message = message.replace(name, _flag(name))
         raise BadInput(message) from None
     return options
+
+
+def _text_of(file: str | None) -> str | None:
+    """What the file of --text holds."""
+    try:
+        return Path(file).read_text("utf-8") if file else None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--text {file!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise BadInput(f"--text {file!r} cannot be read: {error.strerror}") from None
 
 
 def _flag(name: str) -> str:
@@ -314,6 +404,20 @@ def _stderr() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+@contextmanager
+def _fitting_widths() -> Iterator[None]:
+    """One line where the file of --widths is another model's, which the compiler finds out."""
+    from tqc.widths import OtherModelError
+
+    try:
+        yield
+    except Exception as error:
+        found = getattr(error, "inner_exception", error)  # dynamo wraps what a backend raises
+        if isinstance(found, OtherModelError):
+            raise BadInput(str(found)) from None
+        raise
 
 
 @contextmanager
