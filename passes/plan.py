@@ -194,9 +194,9 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         site.reason = _why_not_packed(site, outputs) or ""
         if not site.reason:
             shapes = [example(write.new).shape for write in (key, val)]
-            head_dims = [int(shape[-1]) for shape in shapes]
-            own = config.of_layer(site.layer, int(shapes[0][1]), *head_dims)
-            site.k_fmt, site.v_fmt = own.formats(*head_dims, key.keep)
+            k_head_dim, v_head_dim = (int(shape[-1]) for shape in shapes)
+            own = config.of_layer(site.layer, int(shapes[0][1]), k_head_dim, v_head_dim)
+            site.k_fmt, site.v_fmt = own.formats(k_head_dim, v_head_dim, key.keep)
         action = PACK
     if site.reason:
         return

@@ -42,7 +42,7 @@ def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
         (["run", "x", "--max-tokens", "0"], ["--max-tokens", "0", "at least 1"]),
         (["run", "x", "--dtype", "int4"], ["--dtype", "int4", "bfloat16"]),
         (["run", "x", "--dense", "--bits-k", "3"], ["--dense", "--bits-k"]),
-        (["run", "x", "--widths", "./missing"], ["--widths", "./missing", "No such file"]),
+        (["run", "x", "--widths", "./widths.file"], ["--widths './widths.file'", "No such file"]),
         (["run", "x", "--widths", "LATIN"], ["--widths", "latin.txt", "holds no widths"]),
         (["run", "x", "--widths", "LATIN", "--bits-k", "3"], ["--bits-k", "--widths", "cannot both"]),
         (["explain", "--budget-bits", "3"], ["--budget-bits", "--widths", "3"]),

@@ -44,10 +44,8 @@ def _read_widths(function: Any, context: Any) -> None:
         return
     widths = read_widths(options["widths"])
     found[1]["options"] = {**options, "widths": widths}
-    config = getattr(getattr(function, "__self__", None), "config", None)
-    layers = (
-        getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
-    )
+    text_config = getattr(getattr(getattr(function, "__self__", None), "config", None), "get_text_config", None)
+    layers = getattr(text_config(), "num_hidden_layers", None) if text_config else None
     if isinstance(layers, int):
         widths.check_model(layers)
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tqc.cli.inputs import BadInput, fitting_widths, flag, given_options, load, load_with_prompt, text_of
+
 if TYPE_CHECKING:
     from rich.status import Status
 
@@ -78,13 +80,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout an
 EXPLAIN_PROMPT = "What is gravity?"
 
 
-class BadInput(typer.BadParameter):
-    """Input that cannot be used; the message is the one line that the user sees."""
-
-    def format_message(self) -> str:
-        return self.message
-
-
 def main() -> None:
     """Entry point: an error in the input is one line on stderr and exit code 2."""
     # The bar over GGUF tensors obeys nothing else, and tqdm reads this when torch imports it.
@@ -121,14 +116,14 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
-    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
     if dense and options:
-        raise BadInput(f"--dense compresses nothing, so it takes no {_flag(next(iter(options)))}")
+        raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compile_model, generate
 
-        with _fitting_widths():
+        with fitting_widths():
             compile_model(loaded, None if dense else options)
         status.update("compiling (cached for the next time)")
 
@@ -137,7 +132,7 @@ def run(
             if not as_json:
                 print(text, end="", flush=True)
 
-        with _fitting_widths():
+        with fitting_widths():
             result = generate(loaded, tokenizer, inputs, max_tokens, show)
     if as_json:
         print(json.dumps(result.to_dict()))
@@ -164,12 +159,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
-    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compare as compare_runs
 
-        with _fitting_widths():
+        with fitting_widths():
             result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
     if as_json:
         print(json.dumps(result.to_dict()))
@@ -195,13 +190,13 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
-    options = _options(widths=widths, budget_bits=budget_bits)
+    options = given_options(widths=widths, budget_bits=budget_bits)
     with _status("loading the model") as status:
-        loaded, _, inputs = _load_with_prompt(model, dtype, prompt)
+        loaded, _, inputs = load_with_prompt(model, dtype, prompt)
         import tqc
 
         status.update("tracing")
-        with _fitting_widths():
+        with fitting_widths():
             report = tqc.explain(loaded, options=options, **inputs, graphs=graphs)
     if as_json:
         print(json.dumps(report.to_dict()))
@@ -231,21 +226,21 @@ def evaluate(
     from tqc.evaluate.evaluation import evaluate as run_evaluation
     from tqc.evaluate.evaluation import parse_setting
 
-    calibrated = _options(widths=widths, budget_bits=budget_bits)
+    calibrated = given_options(widths=widths, budget_bits=budget_bits)
     compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
         for setting in compared:
             parse_setting(setting)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
-    content = _text_of(text)
+    content = text_of(text)
     compared += [calibrated] if calibrated else []
     if plot and not Path(plot).parent.is_dir():
         raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
     with _status("loading the model") as status:
-        loaded, tokenizer = _load(model, dtype)
+        loaded, tokenizer = load(model, dtype)
         try:
-            with _fitting_widths():
+            with fitting_widths():
                 result = run_evaluation(
                     loaded, tokenizer, compared, text=content, tokens=tokens, peers=peers, on_step=status.update
                 )
@@ -280,7 +275,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Find the width that each layer's keys and values need, for --widths and `options={"widths": FILE}`."""
-    content = _text_of(text)
+    content = text_of(text)
     if Path(out).is_dir() or not Path(out).parent.is_dir():
         raise BadInput(
             f"--out {out!r} cannot be written: {'it is a folder' if Path(out).is_dir() else 'no such folder'}"
@@ -288,7 +283,7 @@ def calibrate(
     if not budget_bits >= widths[0]:
         raise BadInput(f"--budget-bits must be at least {widths[0]}, the least of the widths; got {budget_bits:g}")
     with _status("loading the model"):
-        loaded, tokenizer = _load(model, dtype)
+        loaded, tokenizer = load(model, dtype)
     from tqc.cli.calibrate import find_widths, table, to_dict
     from tqc.models import EMBEDDED_NAME
 
@@ -322,102 +317,10 @@ def info(as_json: Json = False) -> None:
     Console().print(*tables(facts), sep="\n")
 
 
-def _options(
-    bits_k: int | None = None,
-    bits_v: int | None = None,
-    preset: str | None = None,
-    sink_tokens: int | None = None,
-    residual_window: int | None = None,
-    widths: str | None = None,
-    budget_bits: float | None = None,
-) -> dict[str, Any]:
-    """The backend's options that were given, checked before anything slow starts."""
-    given = {
-        "bits_k": bits_k,
-        "bits_v": bits_v,
-        "preset": preset,
-        "sink_tokens": sink_tokens,
-        "residual_window": residual_window,
-        "widths": widths,
-        "budget_bits": budget_bits,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    from tqc.config import Config
-    from tqc.widths import WidthsFileError
-
-    try:
-        Config.from_options(options)
-    except WidthsFileError as error:
-        raise BadInput(f"--widths: {error}") from None
-    except (ValueError, TypeError) as error:
-        message = str(error)
-        for name in given:
-            message = message.replace(name, _flag(name))
-        raise BadInput(message) from None
-    return options
-
-
-def _text_of(file: str | None) -> str | None:
-    """What the file of --text holds."""
-    try:
-        return Path(file).read_text("utf-8") if file else None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"--text {file!r} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise BadInput(f"--text {file!r} cannot be read: {error.strerror}") from None
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _load(model: str | None, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer, on the GPU if there is one."""
-    from tqc import models
-
-    if dtype not in models.DTYPES:
-        raise BadInput(f"--dtype must be one of {', '.join(models.DTYPES)}; got {dtype!r}")
-    try:
-        models.quiet_transformers()
-        loaded, tokenizer = models.load(model, dtype)
-    except models.ModelError as error:
-        raise BadInput(str(error)) from None
-    import torch
-
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def _load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
-    if not prompt.strip():
-        raise BadInput("PROMPT is empty: give some text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # Python keeps bytes of arguments that it cannot decode as lone surrogates
-        raise BadInput(f"PROMPT is not UTF-8: {prompt.encode(errors='surrogateescape')!r}") from None
-    loaded, tokenizer = _load(model, dtype)
-    from tqc.models import encode
-
-    return loaded, tokenizer, {name: tensor.to(loaded.device) for name, tensor in encode(tokenizer, prompt).items()}
-
-
 def _stderr() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
-
-
-@contextmanager
-def _fitting_widths() -> Iterator[None]:
-    """One line where the file of --widths is another model's, which the compiler finds out."""
-    from tqc.widths import OtherModelError
-
-    try:
-        yield
-    except Exception as error:
-        found = getattr(error, "inner_exception", error)  # dynamo wraps what a backend raises
-        if isinstance(found, OtherModelError):
-            raise BadInput(str(found)) from None
-        raise
 
 
 @contextmanager

@@ -38,6 +38,7 @@ PREFILL_TOKENS = 256
 CHUNK_TOKENS = 64
 # Gradients of each chunk, each with tokens of its own.
 DRAWS = 4
+_PROMPT: dict[str, Any] = {"provider": "reference", "rest": "eager"}
 
 
 @dataclass
@@ -49,14 +50,14 @@ class _Side:
         head: rows of centre and balance, [1, heads, head_rows, head_dim].
         waiting: tokens that came and were not packed yet, from the first sink or page on.
         changes: by width, of all packed tokens, [heads, tokens, head_dim].
-        errors: [heads, widths].
+        errors: by width, [heads], float64 on the CPU.
     """
 
     fmt: PackedFormat
     head: Tensor
     waiting: list[Tensor] = field(default_factory=list)
     changes: dict[int, Tensor] = field(default_factory=dict)
-    errors: Tensor | None = None
+    errors: dict[int, Tensor] = field(default_factory=dict)
 
     def pack(self, length: int, widths: Sequence[int]) -> None:
         """Note what packing does to the tokens that are packed when there are `length`."""
@@ -79,13 +80,11 @@ class _Side:
         """Add the errors of one gradient [1, heads, n, head_dim], that of the last n of `begin` tokens."""
         first = begin - gradient.shape[2] - self.fmt.sink_tokens
         skipped = max(0, first)
-        for column, change in enumerate(self.changes.values()):
+        for width, change in self.changes.items():
             held = max(0, change.shape[1] - skipped)  # a short sliding window holds no packed token
             g = gradient[0, :, skipped - first :][:, :held].float()
             moved = (g * change[:, skipped:].float()).sum((1, 2)).double().cpu()
-            if self.errors is None:
-                self.errors = torch.zeros(len(moved), len(self.changes), dtype=torch.float64)
-            self.errors[:, column] += weight * moved.square() / 2
+            self.errors[width] = self.errors.get(width, torch.zeros_like(moved)) + weight * moved.square() / 2
 
 
 def default_text() -> str:
@@ -158,7 +157,7 @@ def _sides(model: Any, ids: Tensor) -> dict[int, tuple[_Side, _Side]]:
 
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        torch.compile(model, backend="tqai", options={"rest": "eager"})(ids, past_key_values=cache, use_cache=True)
+        torch.compile(model, backend="tqai", options=_PROMPT)(ids, past_key_values=cache, use_cache=True)
     found = {}
     for number, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -237,7 +236,7 @@ def _without_gradients(model: Any) -> Iterator[None]:
 
 def _as_widths(sides: dict[int, tuple[_Side, _Side]], widths: Sequence[int], about: dict[str, str]) -> Widths:
     """The errors, with no widths chosen yet."""
-    errors = [[side.errors for side in pair] for pair in sides.values()]
+    errors = [[torch.stack([side.errors[width] for width in widths], 1) for side in pair] for pair in sides.values()]
     heads = max(len(keys) for keys, _ in errors)
     padded = torch.zeros(2, len(sides), heads, len(widths))
     shapes = []
