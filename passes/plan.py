@@ -193,8 +193,10 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     else:
         site.reason = _why_not_packed(site, outputs) or ""
         if not site.reason:
-            heads = [example(write.new).shape[-1] for write in (key, val)]
-            site.k_fmt, site.v_fmt = config.formats(int(heads[0]), int(heads[1]), key.keep)
+            shapes = [example(write.new).shape for write in (key, val)]
+            k_head_dim, v_head_dim = (int(shape[-1]) for shape in shapes)
+            own = config.of_layer(site.layer, int(shapes[0][1]), k_head_dim, v_head_dim)
+            site.k_fmt, site.v_fmt = own.formats(k_head_dim, v_head_dim, key.keep)
             if key.keep is not None and key.keep <= site.k_fmt.token_rows:
                 recent = f"the {site.k_fmt.token_rows} tokens that stay dense"
                 site.reason = f"the cache keeps {key.keep} tokens (a sliding window), no more than {recent}"

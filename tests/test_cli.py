@@ -42,11 +42,19 @@ def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
         (["run", "x", "--max-tokens", "0"], ["--max-tokens", "0", "at least 1"]),
         (["run", "x", "--dtype", "int4"], ["--dtype", "int4", "bfloat16"]),
         (["run", "x", "--dense", "--bits-k", "3"], ["--dense", "--bits-k"]),
+        (["run", "x", "--widths", "./widths.file"], ["--widths './widths.file'", "No such file"]),
+        (["run", "x", "--widths", "LATIN"], ["--widths", "latin.txt", "holds no widths"]),
+        (["run", "x", "--widths", "LATIN", "--bits-k", "3"], ["--bits-k", "--widths", "cannot both"]),
+        (["explain", "--budget-bits", "3"], ["--budget-bits", "--widths", "3"]),
+        (["calibrate"], ["--out"]),
+        (["calibrate", "-o", "./missing/file"], ["--out", "./missing/file", "no such folder"]),
+        (["calibrate", "-o", "file", "--widths", "4..2"], ["--widths", "4..2", "1 to 8"]),
+        (["calibrate", "-o", "file", "--budget-bits", "1.5"], ["--budget-bits", "1.5", "2"]),
         (["eval", "k9x"], ["k9x", "preset", "k4v2"]),
         (["eval", "k9v2"], ["bits_k", "9", "1 to 8"]),
         (["eval", "--text", "./missing"], ["--text", "./missing", "No such file"]),
         (["eval", "--tokens", "-5"], ["--tokens", "-5", "at least 1"]),
-        (["eval", "--text", "NOT-UTF-8"], ["--text", "latin.txt", "not UTF-8", "byte 3"]),
+        (["eval", "--text", "LATIN"], ["--text", "latin.txt", "not UTF-8", "byte 3"]),
         (["eval", "--plot", "./missing/plot.png"], ["--plot", "./missing/plot.png", "no such folder"]),
         (["run", " "], ["PROMPT", "empty"]),
         (["run", "caf\udce9"], ["PROMPT", "not UTF-8", "caf\\xe9"]),
@@ -61,7 +69,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     args: list[str], words: list[str], monkeypatch, capsys, tmp_path
 ) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    args = [str(tmp_path / "latin.txt") if arg == "NOT-UTF-8" else arg for arg in args]
+    args = [str(tmp_path / "latin.txt") if arg == "LATIN" else arg for arg in args]
     code, out, err = call(monkeypatch, capsys, *args)
     assert (code, out) == (2, "")
     assert err.startswith("tqc: ") and err.count("\n") == 1

@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "torch_private": set(),
     "cache_folder": set(),
     "format": {"torch_private"},
-    "config": {"format"},
+    "widths": set(),
+    "config": {"format", "widths"},
     "ops": {"format", "torch_private"},
     "passes": {"format", "config", "ops", "torch_private"},
     "lowering": {"format", "ops", "cache_folder", "torch_private"},
@@ -39,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "tqc": {"config", "cache", "explainer"},
     "models": {"cache_folder"},
-    "evaluate": {"format", "config", "cache"},
-    "cli": {"tqc", "config", "lowering", "evaluate", "models", "cache_folder", "torch_private"},
+    "evaluate": {"format", "config", "widths", "cache"},
+    "cli": {"tqc", "config", "widths", "lowering", "evaluate", "models", "cache_folder", "torch_private"},
     "__main__": {"cli"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from tqc.format import PackedFormat
 from tqc.format.rotation import ROTATIONS
+from tqc.widths import Widths
 
 OFF = 16
 
@@ -45,6 +47,10 @@ class Config:
         skip_layers: layers whose cache stays dense, as the model numbers them (`layers.3` is 3; a decoder's self and
             cross attention are one layer); negative from the last one that has a cache. Layers without one, those of
             a vision tower, do not count.
+        widths: file of `tqc calibrate`, or the `Widths` in it: each layer's keys and values get their own width, in
+            place of `bits_k` and `bits_v`. The file is read when the model is compiled.
+        budget_bits: choose other widths by what the file knows, of at most so many code bits an element, as
+            `Widths.bits` counts them.
         provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
         cuda_graphs: record steps whose caches are preallocated as CUDA graphs and replay them; it is what
             `mode="reduce-overhead"` sets (`tqc.explain` says what was not recorded, and why).
@@ -60,6 +66,8 @@ class Config:
     seed: int = 0
     fold_values: bool = False
     skip_layers: tuple[int, ...] = ()
+    widths: Widths | str | os.PathLike[str] | None = None
+    budget_bits: float | None = None
     provider: str = "auto"
     cuda_graphs: bool = False
     rest: str = "inductor"
@@ -86,15 +94,40 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in self.skip_layers):
             raise TypeError(f"skip_layers must be integers, got {self.skip_layers!r}")
+        self._settle_widths()
         if not self.off:
             self.formats(64, 64)
+
+    def _settle_widths(self) -> None:
+        """Read the file of widths and choose anew if there is a budget."""
+        if self.budget_bits is not None:
+            if isinstance(self.budget_bits, bool) or not isinstance(self.budget_bits, (int, float)):
+                raise TypeError(f"budget_bits must be a number, got {self.budget_bits!r}")
+            if self.widths is None:
+                raise ValueError(f"budget_bits chooses among widths, so it needs these too; got {self.budget_bits}")
+        if self.widths is None:
+            return
+        widths = read_widths(self.widths)
+        if self.off:
+            raise ValueError("widths are for packed caches, and the cache is left dense")
+        widths = widths if self.budget_bits is None else widths.solved(self.budget_bits)
+        widths.of_rows()
+        object.__setattr__(self, "widths", widths)
 
     @property
     def off(self) -> bool:
         return self.bits_k == OFF
 
+    def of_layer(self, layer: int | None, heads: int, k_head_dim: int, v_head_dim: int) -> Config:
+        """The options of one layer: its own widths where there are `widths`. Raises ValueError if they lack it."""
+        if not isinstance(self.widths, Widths):
+            return self
+        bits_k, bits_v = self.widths.of_layer(layer, heads, k_head_dim, v_head_dim)
+        return dataclasses.replace(self, bits_k=bits_k, bits_v=bits_v, widths=None, budget_bits=None)
+
     def formats(self, k_head_dim: int, v_head_dim: int, keep: int | None = None) -> tuple[PackedFormat, PackedFormat]:
-        """Formats of keys and values. Raises ValueError where a head_dim cannot be packed."""
+        """Formats of keys and values, of `bits_k` and `bits_v` (see `of_layer`). Raises ValueError where a head_dim
+        cannot be packed."""
         shared = (self.sink_tokens, self.residual_window, self.rotation, self.seed)
         return (
             PackedFormat(k_head_dim, self.bits_k, True, *shared, keep=keep),
@@ -120,6 +153,8 @@ class Config:
                 )
         if "skip_layers" in given:
             given["skip_layers"] = tuple(given["skip_layers"])
+        if given.get("widths") is not None and (uniform := given.keys() & {"bits_k", "bits_v"}):
+            raise ValueError(f"{min(uniform)} and widths cannot both be given: widths hold the bits of each layer")
         return cls(**{**PRESETS[preset], **given})
 
 
@@ -137,6 +172,23 @@ def options_of_mode(mode: str | None) -> dict[str, Any]:
         modes = (CUDA_GRAPHS_MODE, *PRESETS)
         raise ValueError(f"mode must be one of {', '.join(modes)}; got {mode!r}{_nearest(mode, modes)}")
     return {"preset": mode}
+
+
+def read_widths(widths: Any) -> Widths:
+    """The option `widths`: itself, or what the file has.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if the file cannot be opened or holds no widths.
+    """
+    if isinstance(widths, Widths):
+        return widths
+    if not isinstance(widths, (str, os.PathLike)):
+        raise TypeError(f"widths must be the path of a file that `tqc calibrate` wrote, or Widths; got {widths!r}")
+    try:
+        return Widths.load(widths)
+    except OSError as error:
+        raise ValueError(f"widths {os.fspath(widths)!r} cannot be read: {error.strerror or error}") from None
 
 
 def _nearest(name: Any, valid: Any) -> str:

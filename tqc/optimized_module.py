@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tqc import inner_models, torch_private
-from tqc.config import options_of_mode
+from tqc.config import options_of_mode, read_widths
 from tqc.inner_models import Calls
 
 _backend: Callable[..., Any] | None = None
@@ -30,7 +30,24 @@ def install(backend: Callable[..., Any]) -> None:
     global _backend
     _backend = backend
     torch_private.patch_attributes(_getattr)
-    torch_private.patch_compile(_compiled_in_place)
+    torch_private.patch_compile(_read_widths, _compiled_in_place)
+
+
+def _read_widths(function: Any, context: Any) -> None:
+    """Put the widths in the place of their file's name, before dynamo compares options: models whose options are equal
+    share graphs, and a file may change."""
+    found = torch_private.backend_of(context)
+    if found is None or found[0] is not _backend:
+        return
+    options = found[1].get("options") or {}
+    if options.get("widths") is None:
+        return
+    widths = read_widths(options["widths"])
+    found[1]["options"] = {**options, "widths": widths}
+    text_config = getattr(getattr(getattr(function, "__self__", None), "config", None), "get_text_config", None)
+    layers = getattr(text_config(), "num_hidden_layers", None) if text_config else None
+    if isinstance(layers, int):
+        widths.check_model(layers)
 
 
 def _compiled_in_place(module: torch.nn.Module, context: Any) -> None:

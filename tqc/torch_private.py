@@ -322,9 +322,10 @@ def patch_attributes(get: Callable[[Callable[..., Any], Any, str], Any]) -> None
     cls.__getattr__ = lambda self, name: get(original, self, name)
 
 
-def patch_compile(made: Callable[[torch.nn.Module, Any], None]) -> None:
-    """Let `made(module, context)` know of each module whose call `Module.compile` compiles from now on, the one that is
-    being compiled included: the first `Module.compile` of a process is what loads this package. `backend_of` and
+def patch_compile(starting: Callable[[Any, Any], None], made: Callable[[torch.nn.Module, Any], None]) -> None:
+    """Let `starting(function, context)` know of each function or method that dynamo will compile, before it does, and
+    `made(module, context)` of each module whose call `Module.compile` compiles from now on, the one that is being
+    compiled included: the first `Module.compile` of a process is what loads this package. `backend_of` and
     `compiled_call` take the context. The first call counts. No public way."""
     cls = find("torch._dynamo.eval_frame.OptimizeContext")
     if cls is None or "_tqc_original" in cls.__dict__:
@@ -332,6 +333,7 @@ def patch_compile(made: Callable[[torch.nn.Module, Any], None]) -> None:
     original = cls._tqc_original = cls.__call__
 
     def call(context: Any, function: Any) -> Any:
+        starting(function, context)
         compiled = original(context, function)
         module = getattr(function, "__self__", None)
         if isinstance(module, torch.nn.Module) and getattr(function, "__func__", None) is torch.nn.Module._call_impl:
@@ -409,7 +411,7 @@ def called_through(module: torch.nn.Module, call: Callable[..., Any]) -> Iterato
                 module._compiled_call_impl = ways.before
 
 
-def backend_of(model: Any) -> tuple[Callable[..., Any], Mapping[str, Any]] | None:
+def backend_of(model: Any) -> tuple[Callable[..., Any], dict[str, Any]] | None:
     """The backend that `torch.compile(model)` or `model.compile()` was given, and its keyword arguments; None if the
     model is not compiled. A context of dynamo may stand for the model. No public way."""
     if _lacking(OPTIONS):

@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tqc.cli.inputs import BadInput, fitting_widths, flag, given_options, load, load_with_prompt, text_of
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -41,6 +43,17 @@ def _positive(text: str | int) -> int:
     return number
 
 
+def _bits_range(text: str) -> tuple[int, ...]:
+    first, _, last = text.partition("..")
+    try:
+        low, high = int(first), int(last or first)
+    except ValueError:
+        low, high = 0, 0
+    if not 1 <= low <= high <= 8:
+        raise typer.BadParameter(f"must be a range of widths from 1 to 8, as 2..4; got {text!r}")
+    return tuple(range(low, high + 1))
+
+
 def _count(help: str, parser: Callable[[str | int], int] = _whole_number) -> Any:
     return typer.Option(parser=parser, metavar="N", help=help)
 
@@ -54,18 +67,17 @@ BitsV = Annotated[int | None, _count("Bits of a value code: 1 to 8, or 16 for de
 Preset = Annotated[str | None, typer.Option(help="Named settings (see `tqc info`); other options override it.")]
 SinkTokens = Annotated[int | None, _count("Tokens at the start that stay dense.")]
 ResidualWindow = Annotated[int | None, _count("Recent tokens that stay dense at most, a multiple of 32.")]
+Widths = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Widths of each layer, from `tqc calibrate`, in place of the bits.")
+]
+BudgetBits = Annotated[
+    float | None, typer.Option(help="With --widths: choose anew, within so many code bits of an element.")
+]
 MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 EXPLAIN_PROMPT = "What is gravity?"
-
-
-class BadInput(typer.BadParameter):
-    """Input that cannot be used; the message is the one line that the user sees."""
-
-    def format_message(self) -> str:
-        return self.message
 
 
 def main() -> None:
@@ -96,20 +108,23 @@ def run(
     preset: Preset = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
-    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
+    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
     if dense and options:
-        raise BadInput(f"--dense compresses nothing, so it takes no {_flag(next(iter(options)))}")
+        raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compile_model, generate
 
-        compile_model(loaded, None if dense else options)
+        with fitting_widths():
+            compile_model(loaded, None if dense else options)
         status.update("compiling (cached for the next time)")
 
         def show(text: str) -> None:
@@ -117,7 +132,8 @@ def run(
             if not as_json:
                 print(text, end="", flush=True)
 
-        result = generate(loaded, tokenizer, inputs, max_tokens, show)
+        with fitting_widths():
+            result = generate(loaded, tokenizer, inputs, max_tokens, show)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -136,17 +152,20 @@ def compare(
     preset: Preset = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
-    options = _options(bits_k, bits_v, preset, sink_tokens, residual_window)
+    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = _load_with_prompt(model, dtype, prompt)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compare as compare_runs
 
-        result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
+        with fitting_widths():
+            result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -162,6 +181,8 @@ def compare(
 def explain(
     prompt: Annotated[str, typer.Argument(help="Text that the model is traced with.")] = EXPLAIN_PROMPT,
     model: Model = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     dtype: Dtype = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
@@ -169,12 +190,14 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
+    options = given_options(widths=widths, budget_bits=budget_bits)
     with _status("loading the model") as status:
-        loaded, _, inputs = _load_with_prompt(model, dtype, prompt)
+        loaded, _, inputs = load_with_prompt(model, dtype, prompt)
         import tqc
 
         status.update("tracing")
-        report = tqc.explain(loaded, **inputs, graphs=graphs)
+        with fitting_widths():
+            report = tqc.explain(loaded, options=options, **inputs, graphs=graphs)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -192,6 +215,8 @@ def evaluate(
         list[str] | None,
         typer.Option("--model", "-m", help="As for `tqc run`, and as often as there are models to evaluate."),
     ] = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
     numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
@@ -209,17 +234,15 @@ def evaluate(
     from tqc.evaluate.evaluation import evaluate as run_evaluation
     from tqc.evaluate.evaluation import parse_setting
 
-    settings = settings or [name for name in PRESETS if name != "off"]
+    calibrated = given_options(widths=widths, budget_bits=budget_bits)
+    compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
-        for setting in settings:
+        for setting in compared:
             parse_setting(setting)
-        content = Path(text).read_text("utf-8") if text else None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"--text {text!r} is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
-    except OSError as error:
-        raise BadInput(f"--text {text!r} cannot be read: {error.strerror}") from None
+    content = text_of(text)
+    compared += [calibrated] if calibrated else []
     if plot and not Path(plot).parent.is_dir():
         raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
     results = []
@@ -231,11 +254,19 @@ def evaluate(
     names: list[str | None] = [*model] if model else [None]
     for name in names:
         with _status("loading the model") as status:
-            loaded, tokenizer = _load(name, dtype)
+            loaded, tokenizer = load(name, dtype)
             try:
-                result = run_evaluation(
-                    loaded, tokenizer, settings, content, tokens, numbers=numbers, peers=peers, on_step=status.update
-                )
+                with fitting_widths():
+                    result = run_evaluation(
+                        loaded,
+                        tokenizer,
+                        compared,
+                        content,
+                        tokens,
+                        numbers=numbers,
+                        peers=peers,
+                        on_step=status.update,
+                    )
             except ValueError as error:
                 raise BadInput(f"{error}, with model {name!r}" if name else str(error)) from None
         torch.compiler.reset()  # graphs of one model do not count against the next
@@ -257,6 +288,50 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="File to write the widths into.")],
+    model: Model = None,
+    budget_bits: Annotated[
+        float, typer.Option(help="Most code bits of an element: the mean over layers of (K + V) / 2.")
+    ] = 2.75,
+    widths: Annotated[Any, typer.Option(parser=_bits_range, metavar="A..B", help="Widths to choose from.")] = "2..4",
+    text: Annotated[
+        str | None, typer.Option(help="File of the text to look at; an essay of Python's if absent.")
+    ] = None,
+    tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 768,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the width that each layer's keys and values need, for --widths and `options={"widths": FILE}`."""
+    content = text_of(text)
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
+        raise BadInput(
+            f"--out {out!r} cannot be written: {'it is a folder' if Path(out).is_dir() else 'no such folder'}"
+        )
+    if not budget_bits >= widths[0]:
+        raise BadInput(f"--budget-bits must be at least {widths[0]}, the least of the widths; got {budget_bits:g}")
+    with _status("loading the model"):
+        loaded, tokenizer = load(model, dtype)
+    from tqc.cli.calibrate import find_widths, table, to_dict
+    from tqc.models import EMBEDDED_NAME
+
+    name = Path(model).name if model else EMBEDDED_NAME
+    try:
+        found = find_widths(loaded, tokenizer, budget_bits, widths, content, tokens, name, _stderr())
+        found.save(out)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    except OSError as error:
+        raise BadInput(f"--out {out!r} cannot be written: {error.strerror}") from None
+    if as_json:
+        print(json.dumps(to_dict(found)))
+    else:
+        from rich import print as rich_print
+
+        rich_print(table(found))
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """Versions, kernels, presets and folders."""
     from tqc.cli.info import describe, tables
@@ -268,67 +343,6 @@ def info(as_json: Json = False) -> None:
     from rich.console import Console
 
     Console().print(*tables(facts), sep="\n")
-
-
-def _options(
-    bits_k: int | None,
-    bits_v: int | None,
-    preset: str | None,
-    sink_tokens: int | None,
-    residual_window: int | None,
-) -> dict[str, Any]:
-    """The backend's options that were given, checked before anything slow starts."""
-    given = {
-        "bits_k": bits_k,
-        "bits_v": bits_v,
-        "preset": preset,
-        "sink_tokens": sink_tokens,
-        "residual_window": residual_window,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    from tqc.config import Config
-
-    try:
-        Config.from_options(options)
-    except (ValueError, TypeError) as error:
-        message = str(error)
-        for name in given:
-            message = message.replace(name, _flag(name))
-        raise BadInput(message) from None
-    return options
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _load(model: str | None, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer, on the GPU if there is one."""
-    from tqc import models
-
-    if dtype not in models.DTYPES:
-        raise BadInput(f"--dtype must be one of {', '.join(models.DTYPES)}; got {dtype!r}")
-    try:
-        models.quiet_transformers()
-        loaded, tokenizer = models.load(model, dtype)
-    except models.ModelError as error:
-        raise BadInput(str(error)) from None
-    import torch
-
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def _load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
-    if not prompt.strip():
-        raise BadInput("PROMPT is empty: give some text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # Python keeps bytes of arguments that it cannot decode as lone surrogates
-        raise BadInput(f"PROMPT is not UTF-8: {prompt.encode(errors='surrogateescape')!r}") from None
-    loaded, tokenizer = _load(model, dtype)
-    from tqc.models import encode
-
-    return loaded, tokenizer, {name: tensor.to(loaded.device) for name, tensor in encode(tokenizer, prompt).items()}
 
 
 def _stderr() -> Any:

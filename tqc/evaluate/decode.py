@@ -162,12 +162,13 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads and head_dims of one layer's keys and values, and whether they are packed."""
+    """Heads and head_dims of one layer's keys and values, whether they are packed, and the layer's number."""
 
     heads: int
     k_head_dim: int
     v_head_dim: int
     packed: bool
+    number: int = 0
 
     @property
     def elements(self) -> int:
@@ -177,18 +178,22 @@ class LayerShape:
 def layer_shapes(cache: Any) -> list[LayerShape]:
     """Shapes of the layers of a cache that holds something."""
     return [
-        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], isinstance(keys, PackedTensor))
-        for keys, values in _states(cache)
+        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], isinstance(keys, PackedTensor), number)
+        for number, keys, values in _states(cache)
     ]
 
 
 def elements(cache: Any) -> int:
     """How many numbers a cache stands for, keys and values."""
-    return sum(keys.numel() + values.numel() for keys, values in _states(cache))
+    return sum(keys.numel() + values.numel() for _, keys, values in _states(cache))
 
 
-def _states(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+def _states(cache: Any) -> list[tuple[int, Tensor, Tensor]]:
+    return [
+        (number, layer.keys, layer.values)
+        for number, layer in enumerate(cache.layers)
+        if getattr(layer, "keys", None) is not None
+    ]
 
 
 def all_in_bits(config: Config, shapes: Sequence[LayerShape], length: int = BITS_LENGTH) -> float:
@@ -202,7 +207,8 @@ def all_in_bits(config: Config, shapes: Sequence[LayerShape], length: int = BITS
         if not shape.packed:
             held += 2 * length * shape.elements
             continue
-        for fmt in config.formats(shape.k_head_dim, shape.v_head_dim):
+        head_dims = (shape.k_head_dim, shape.v_head_dim)
+        for fmt in config.of_layer(shape.number, shape.heads, *head_dims).formats(*head_dims):
             storage = Storage.allocate(1, shape.heads, fmt, torch.bfloat16, torch.device("cpu"), 1)
             for tokens in range(1, length + 1):
                 storage.reserve(tokens)

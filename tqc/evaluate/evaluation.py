@@ -31,6 +31,7 @@ from tqc.evaluate.decode import (
     measured_bits,
 )
 from tqc.evaluate.needles import NUMBERS, HiddenNumbers, hide_numbers
+from tqc.widths import Widths
 
 DENSE, OURS, PEER = "dense", "tqc", "peer"
 
@@ -124,7 +125,8 @@ def parse_setting(setting: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]
     if not isinstance(setting, str):
         options = dict(setting)
         config = Config.from_options(options)
-        name = f"k{config.bits_k}v{config.bits_v}:w{config.residual_window}:s{config.sink_tokens}"
+        widths = f"{config.widths.bits:.4g}-bits" if isinstance(config.widths, Widths) else None
+        name = f"{widths or f'k{config.bits_k}v{config.bits_v}'}:w{config.residual_window}:s{config.sink_tokens}"
         return options.get("preset", name) if len(options) <= 1 else name, options
     head, *parts = setting.split(":")
     options = {}
@@ -242,7 +244,7 @@ def _decoders(
     decoders, rows = [], {DENSE: Row(DENSE, DENSE)}
     for name, options in parsed:
         config = Config.from_options(options)
-        # Head_dim has no say in which tokens are packed.
+        # Neither head_dim nor width has a say in which tokens are packed.
         formats = () if config.off else config.formats(64, 64)
         compiled = torch.compile(model, backend="tqai", options={"rest": "eager", **options})
         decoders.append(Decoder(name, compiled, new_cache, formats))

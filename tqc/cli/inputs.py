@@ -1,0 +1,110 @@
+"""What the command line gets, checked: options, models, texts. Each mistake is one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+class BadInput(typer.BadParameter):
+    """Input that cannot be used; the message is the one line that the user sees."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+def given_options(
+    bits_k: int | None = None,
+    bits_v: int | None = None,
+    preset: str | None = None,
+    sink_tokens: int | None = None,
+    residual_window: int | None = None,
+    widths: str | None = None,
+    budget_bits: float | None = None,
+) -> dict[str, Any]:
+    """The backend's options that were given, checked before anything slow starts."""
+    given = {
+        "bits_k": bits_k,
+        "bits_v": bits_v,
+        "preset": preset,
+        "sink_tokens": sink_tokens,
+        "residual_window": residual_window,
+        "widths": widths,
+        "budget_bits": budget_bits,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    from tqc.config import Config
+    from tqc.widths import WidthsFileError
+
+    try:
+        Config.from_options(options)
+    except WidthsFileError as error:
+        raise BadInput(f"--widths: {error}") from None
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        for name in given:  # not in the name of a file
+            message = re.sub(rf"(?<![\w./'-]){name}(?![\w./-])", flag(name), message)
+        raise BadInput(message) from None
+    return options
+
+
+def text_of(file: str | None) -> str | None:
+    """What the file of --text holds."""
+    try:
+        return Path(file).read_text("utf-8") if file else None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--text {file!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise BadInput(f"--text {file!r} cannot be read: {error.strerror}") from None
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def load(model: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU if there is one."""
+    from tqc import models
+
+    if dtype not in models.DTYPES:
+        raise BadInput(f"--dtype must be one of {', '.join(models.DTYPES)}; got {dtype!r}")
+    try:
+        models.quiet_transformers()
+        loaded, tokenizer = models.load(model, dtype)
+    except models.ModelError as error:
+        raise BadInput(str(error)) from None
+    import torch
+
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
+    if not prompt.strip():
+        raise BadInput("PROMPT is empty: give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python keeps bytes of arguments that it cannot decode as lone surrogates
+        raise BadInput(f"PROMPT is not UTF-8: {prompt.encode(errors='surrogateescape')!r}") from None
+    loaded, tokenizer = load(model, dtype)
+    from tqc.models import encode
+
+    return loaded, tokenizer, {name: tensor.to(loaded.device) for name, tensor in encode(tokenizer, prompt).items()}
+
+
+@contextmanager
+def fitting_widths() -> Iterator[None]:
+    """One line where the file of --widths is another model's, which the compiler finds out."""
+    from tqc.widths import OtherModelError
+
+    try:
+        yield
+    except Exception as error:
+        found = getattr(error, "inner_exception", error)  # dynamo wraps what a backend raises
+        if isinstance(found, OtherModelError):
+            raise BadInput(str(found)) from None
+        raise
