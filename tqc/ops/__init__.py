@@ -2,6 +2,7 @@
 
     pack, extend, write, rewind, fork   make a cache of dense tokens, or of another cache
     attend                              softmax attention to a cache and to new tokens
+    attention                           the same of dense tensors, where a front end has sinks or a softcap
     read                                dense tokens
     fold, unfold                        into the basis of a folded format, and back
     adopt, update                       where a cache belongs to the caller: pack it, and say what becomes of it
@@ -12,6 +13,7 @@ also what a provider's kernels do, and `traceable` the same in static shapes.
 
 from tqc.ops.adopt import adopt
 from tqc.ops.attend import attend
+from tqc.ops.attention import attention
 from tqc.ops.extend import extend
 from tqc.ops.fold import fold
 from tqc.ops.fork import fork
@@ -31,6 +33,7 @@ __all__ = [
     "Planes",
     "adopt",
     "attend",
+    "attention",
     "example",
     "extend",
     "fold",

@@ -1,0 +1,7 @@
+"""A model of MLX as an FX graph, and an FX graph as a program of MLX.
+
+    capture     a model of mlx-lm, traced for one batch and length -> a graph that `tqc.passes` can rewrite
+    Executor    a graph of torch functions -> calls on MLX arrays
+
+It needs `mlx`, and for `capture` also `mlx-lm`; nothing here is imported with `tqc`.
+"""
