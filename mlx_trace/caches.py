@@ -44,7 +44,8 @@ def kind_of(cache: Any, length: int) -> Kind:
         return Arrays([held is None for held in cache.cache])
     if cache is None:
         return Kind()
-    raise CaptureError(f"a cache of class {type(cache).__name__} is not known, or is of a padded batch")
+    padded = " for a padded batch" if type(cache) is ArraysCache else ""
+    raise CaptureError(f"a cache of class {type(cache).__name__}{padded} is not known")
 
 
 class Kind:

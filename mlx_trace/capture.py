@@ -14,7 +14,9 @@ from torch.fx import GraphModule, Node
 
 from tqc.mlx_trace.caches import Kind, kind_of, leaves, rebuilt
 from tqc.mlx_trace.graph import CaptureError, Graph, Primitive, type_of
+from tqc.mlx_trace.grouped import fuse_grouped_attention
 from tqc.mlx_trace.layouts import check
+from tqc.mlx_trace.lengths import check_lengths
 from tqc.mlx_trace.markers import Trace, place, read_marker
 from tqc.mlx_trace.primitives import translate
 from tqc.ops.effects import written
@@ -201,7 +203,7 @@ def build_graph(
     for at, (path, described) in enumerate(zip([*paths, *weights], told["inputs"]["inputs"], strict=True)):
         is_weight = at >= len(paths)
         env[described[0]] = node = graph.placeholder(path, type_of(described), is_weight)
-        near[described[0]] = path if is_weight else ""
+        near[described[0]] = path.rpartition(".")[0] if is_weight else ""
         graph.capacities |= {size: node for size, cache in sizes.items() if cache == path}
     constants: dict[str, mx.array] = {}
     for name, array in told["constants"]["constants"]:
@@ -227,8 +229,6 @@ def build_graph(
         if marker := read_marker(p):
             p.near = marker["module"]
             made: list[Any] = [place(graph, p, marker["function"], marker["arguments"])]
-            if marker["function"] == "attention":
-                made[0].meta[MODULE_STACK] = {"": ("", model), p.near: (p.near, model)}
         else:
             made = translate(graph, p)
         if spent.intersection(names) and not (marker and marker["function"].endswith("mask")):
@@ -237,28 +237,19 @@ def build_graph(
             spent.add(names[0])
         for described, value in zip(record["outputs"], made, strict=True):
             env[described[0]], near[described[0]] = value, p.near
+            if isinstance(value, Node) and value.op != "placeholder":
+                value.meta.setdefault(MODULE_STACK, {"": ("", model), p.near: (p.near, model)})
     outputs = tuple(_output(graph, env[name], (shape, dtype)) for name, shape, dtype in told["outputs"]["outputs"])
     graph.graph.output(outputs)
+    fuse_grouped_attention(graph)
     graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or written(node))
     for node in graph.graph.find_nodes(op="placeholder"):
         if not node.users and graph.is_weight(node):
             graph.graph.erase_node(node)
-    _check_capacities(graph)
+    check_lengths(graph)
     return GraphModule(torch.nn.Module(), graph.graph), constants
 
 
 def _output(graph: Graph, value: Any, described: Any) -> Node:
     shape, dtype = type_of((None, *described))
     return value if isinstance(value, Node) else graph.call(torch.full, shape, value, dtype=dtype, like=(shape, dtype))
-
-
-def _check_capacities(graph: Graph) -> None:
-    """No node may hold the length of a buffer as a number: it is another one in every call."""
-
-    def refuse(held: Any) -> Any:
-        if isinstance(held, int) and not isinstance(held, bool) and held >= min(graph.capacities, default=held + 1):
-            raise CaptureError(f"the length of a cache is a constant of {node.target} in {node.meta.get('path', node)}")
-        return held
-
-    for node in graph.graph.nodes:
-        torch.fx.node.map_aggregate((node.args, node.kwargs), refuse)

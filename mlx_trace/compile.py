@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,8 @@ class Program:
 
     def __init__(self, captured: Captured) -> None:
         self.kinds = captured.kinds
-        self.run = mx.compile(Executor(captured.gm, captured.weights))
+        self.executor = Executor(captured.gm, captured.weights)
+        self.compiled: dict[Any, Any] = {}
         signatures = [kind.signature for kind in self.kinds]
         self.rounds = [
             at for at, kind in enumerate(self.kinds) if kind.goes_round and kind.signature not in signatures[:at]
@@ -38,7 +40,11 @@ class Program:
         offset = common_offset(held)
         arrays = [array for kind, cache in zip(self.kinds, held, strict=True) for array in kind.prepare(cache, length)]
         indices = [mx.array(held[at]._idx) for at in self.rounds]
-        logits, *made = self.run(tokens.astype(mx.int32), mx.array(offset), *indices, *arrays)
+        # A compiled function keeps the stream that it was traced on, which belongs to a thread.
+        place = (threading.get_ident(), str(mx.default_stream(mx.default_device())))
+        if place not in self.compiled:
+            self.compiled[place] = mx.compile(self.executor)
+        logits, *made = self.compiled[place](tokens.astype(mx.int32), mx.array(offset), *indices, *arrays)
         given = iter(made)
         for kind, cache in zip(self.kinds, held, strict=True):
             kind.store(cache, [next(given) for _ in range(kind.results)], length)

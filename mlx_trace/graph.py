@@ -28,7 +28,7 @@ class Primitive:
         inputs: nodes, or the numbers that scalar constants are.
         types: shapes and dtypes of the inputs.
         outputs: those of the results.
-        near: path of the weight or module that it was computed behind.
+        near: path of the module that it was computed in or behind, as far as weights and markers tell.
     """
 
     name: str

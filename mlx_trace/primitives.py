@@ -101,7 +101,11 @@ def _matmul(graph: Graph, p: Primitive) -> Node:
     x, weight = p.tensor(graph, 0), p.tensor(graph, 1)
     if graph.calls(weight, torch.permute) and tuple(weight.args[1]) == (1, 0) and graph.is_weight(weight.args[0]):
         return _linear(graph, p, x, weight.args[0])
-    return graph.call(torch.matmul, x, weight, like=p.output)
+    operands = [held.args[0] if graph.is_broadcast(held) else held for held in (x, weight)]
+    batches = [graph.shape(held)[:-2] for held in operands]
+    if tuple(torch.broadcast_shapes(*batches)) != p.shape[:-2]:
+        operands = [x, weight]
+    return graph.call(torch.matmul, *operands, like=p.output)
 
 
 def _addmm(graph: Graph, p: Primitive) -> Node:
@@ -119,12 +123,12 @@ def _addmm(graph: Graph, p: Primitive) -> Node:
 
 def _linear(graph: Graph, p: Primitive, x: Node, *weights: Node) -> Node:
     """`linear` of what was flattened for it: the flattening comes behind, where the next reshape takes it away."""
-    if not graph.calls(x, torch.flatten) or x.args[1] != 0:
+    source = x.args[0] if graph.calls(x, torch.flatten, torch.reshape) else x
+    shape = graph.shape(source)
+    if source is x or len(p.shape) != 2 or shape[-1] != graph.shape(x)[-1]:
         return graph.call(F.linear, x, *weights, like=p.output)
-    source = x.args[0]
-    shape = (*graph.shape(source)[:-1], p.shape[-1])
-    made = graph.call(F.linear, source, *weights, like=(shape, p.dtype))
-    return graph.call(torch.flatten, made, *x.args[1:], like=p.output)
+    made = graph.call(F.linear, source, *weights, like=((*shape[:-1], p.shape[-1]), p.dtype))
+    return graph.call(torch.flatten, made, 0, len(shape) - 2, like=p.output)
 
 
 def _reshape(graph: Graph, p: Primitive, target: Callable[..., Any], *how: Any) -> Node:
@@ -225,7 +229,10 @@ def _pad(graph: Graph, p: Primitive) -> Node:
 def _arange(graph: Graph, p: Primitive) -> Node:
     bounds = p.arguments if p.dtype.is_floating_point else [int(bound) for bound in p.arguments]
     start, stop, step = graph.sizes(bounds)
-    return graph.call(torch.arange, start, stop, step, dtype=p.dtype, like=p.output)
+    if p.dtype.is_floating_point or p.dtype.is_signed:
+        return graph.call(torch.arange, start, stop, step, dtype=p.dtype, like=p.output)
+    signed = graph.call(torch.arange, start, stop, step, dtype=torch.int32, like=(p.shape, torch.int32))
+    return graph.call("to", signed, p.dtype, like=p.output)  # torch has no unsigned one
 
 
 def _reduce(graph: Graph, p: Primitive) -> Node:

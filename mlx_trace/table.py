@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqc import ops
 from tqc.mlx_trace import functions
 from tqc.mlx_trace.arrays import dtype_of
+from tqc.torch_private import LOG_USAGE
 
 
 def _attention(
@@ -227,6 +228,12 @@ def _pad(x: mx.array, pad: Sequence[int], mode: str = "constant", value: Any = N
     return mx.pad(x, [(0, 0)] * (x.ndim - len(pairs)) + pairs[::-1], constant_values=value or 0)
 
 
+def _dropout(x: mx.array, p: float = 0.5, training: bool = True, inplace: bool = False) -> mx.array:
+    if training and p:
+        raise ValueError(f"dropout with p = {p}")
+    return x
+
+
 def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
@@ -251,6 +258,7 @@ _BINARY = ("logaddexp", "logical_and", "logical_or", "maximum", "minimum", "rema
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{getattr(operator, name): getattr(operator, name) for name in _OPERATORS},
     **{getattr(torch, name): getattr(mx, name) for name in (*_UNARY, *_BINARY)},
+    F.dropout: _dropout,
     F.embedding: lambda indices, weight, *rest, **how: weight[indices],
     F.gelu: lambda x, approximate="none": nn.gelu(x) if approximate == "none" else nn.gelu_approx(x),
     F.layer_norm: _norm_of(mx.fast.layer_norm),
@@ -314,6 +322,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.unflatten: lambda x, dim, sizes: mx.unflatten(x, dim, tuple(sizes)),
     torch.unsqueeze: mx.expand_dims,
     torch.where: mx.where,
+    torch.zeros: lambda *size, dtype=None, **rest: mx.zeros(_sizes(size), dtype_of(dtype or torch.float32)),
+    LOG_USAGE: _same,
 }
 FUNCTIONS |= {torch.add: operator.add, torch.sub: operator.sub, torch.mul: operator.mul, torch.div: operator.truediv}
 FUNCTIONS |= {torch.cos: mx.cos, torch.sin: mx.sin, torch.pow: operator.pow, torch.neg: operator.neg}

@@ -13,8 +13,8 @@ from tqc.ops.text import graph_text
 from tqc.passes.edit import fake_mode
 from tqc.passes.graph import MEASURES
 
-# What the MLX front end calls beside torch's own functions, with torch's semantics.
-FUNCTIONS = "tqc.mlx_trace.functions"
+# Functions of dense tensors that front ends call beside torch's own.
+FUNCTIONS = ("tqc.mlx_trace.functions", "tqc.ops.attention")
 
 
 class InvalidGraph(AssertionError):
@@ -64,7 +64,7 @@ def _why_not(node: Node, finished: bool) -> str | None:
             return "what it updates is no input of the graph"
         return node.target.why_not(node)
     module = getattr(node.target, "__module__", None) or ""
-    if module.startswith("tqc") and module != FUNCTIONS:
+    if module.startswith("tqc") and module not in FUNCTIONS:
         return f"{getattr(node.target, '__name__', node.target)} is no op of the dialect"
     if not finished:
         return None

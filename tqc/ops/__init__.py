@@ -2,13 +2,13 @@
 
     pack, extend, write, rewind, fork   make a cache of dense tokens, or of another cache
     attend                              softmax attention to a cache and to new tokens
-    attention                           the same of dense tensors, where a front end has sinks or a softcap
     read                                dense tokens
     fold, unfold                        into the basis of a folded format, and back
     adopt, update                       where a cache belongs to the caller: pack it, and say what becomes of it
 
-`op` says what an op is, `value` what nodes hold; `planes` has the reference's work on the parts of a cache, which is
-also what a provider's kernels do, and `traceable` the same in static shapes.
+`attention` is a function of dense tensors, for front ends, where torch has none. `op` says what an op is, `value` what
+nodes hold; `planes` has the reference's work on the parts of a cache, which is also what a provider's kernels do, and
+`traceable` the same in static shapes.
 """
 
 from tqc.ops.adopt import adopt

@@ -1,14 +1,12 @@
-"""Softmax attention that torch's own function cannot say: with sinks, or a softcap."""
+"""Softmax attention that torch's own function cannot say: with sinks, or a softcap. No op of the dialect, but what a
+front end may put into a graph, where a model of torch would spell it out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tqc.ops.op import op
 
-
-@op()
 def attention(
     query: Tensor,
     key: Tensor,
@@ -20,8 +18,6 @@ def attention(
     is_causal: bool = False,
 ) -> Tensor:
     """softmax(softcap * tanh(scale * Q K' / softcap) + mask, with one more column of sinks) V.
-
-    A front end puts it into a graph; `passes` find it as they find `scaled_dot_product_attention`.
 
     Args:
         query: [batch, query_heads, n, head_dim].
@@ -51,17 +47,3 @@ def attention(
         scores = torch.cat([scores, column], -1)
     weights = torch.softmax(scores, -1)[..., : key.shape[2]]
     return (weights @ value.float()).to(query.dtype)
-
-
-@attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    is_causal: bool = False,
-) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
