@@ -5,3 +5,8 @@
 
 It needs `mlx`, and for `capture` also `mlx-lm`; nothing here is imported with `tqc`.
 """
+
+import importlib.util
+
+if importlib.util.find_spec("mlx") is None:
+    raise ModuleNotFoundError("this needs MLX: pip install mlx mlx-lm, on Linux 'mlx[cpu]' mlx-lm", name="mlx")

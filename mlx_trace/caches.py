@@ -210,6 +210,8 @@ class Window(Ring):
 class Arrays(Kind):
     """ArraysCache: states of layers that are no attention."""
 
+    name = "arrays"
+
     def __init__(self, empty: list[bool]) -> None:
         super().__init__()
         self.empty = empty

@@ -53,10 +53,9 @@ def capture(model: nn.Module, caches: list[Any], batch: int, length: int) -> Cap
     _learn(model, caches, kinds, batch, length)
     groups = list(dict.fromkeys(kind.signature for kind in kinds))
     for kind in kinds:
-        kind.size = 1_000_003 * (groups.index(kind.signature) + 1)
+        kind.size = 1_000_003 * (groups.index(kind.signature) + 1) if kind.shapes and kind.name != "arrays" else 0
         kind.shapes = [
-            (shape if kind.name == "arrays" else (*shape[:2], kind.size, shape[3]), dtype)
-            for shape, dtype in kind.shapes
+            ((*shape[:2], kind.size, shape[3]) if kind.size else shape, dtype) for shape, dtype in kind.shapes
         ]
     rounds = [f"index.{at}" for at, group in enumerate(groups) if _of(kinds, group).goes_round]
     states = [f"cache.{at}.{part}" for at, kind in enumerate(kinds) for part in range(len(kind.shapes))]
@@ -94,7 +93,7 @@ def capture(model: nn.Module, caches: list[Any], batch: int, length: int) -> Cap
         except Exception as error:
             raise CaptureError(_why(error)) from error
     paths = ["tokens", "offset", *rounds, *states]
-    sizes = {kind.size: f"cache.{at}.0" for at, kind in reversed(list(enumerate(kinds))) if kind.shapes}
+    sizes = {kind.size: f"cache.{at}.0" for at, kind in reversed(list(enumerate(kinds))) if kind.size}
     gm, constants = build_graph(records, paths, list(weights), sizes, type(model))
     return Captured(gm, paths, {**weights, **constants}, kinds)
 

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         *("passes", "cache", "report", "backend"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
-    "tqc": {"config", "cache", "explainer"},
+    "tqc": {"config", "cache", "explainer", "mlx_trace"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "cache"},
     "cli": {"tqc", "config", "lowering", "evaluate", "models", "cache_folder", "torch_private"},

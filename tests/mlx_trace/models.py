@@ -24,8 +24,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
     "phi3": {"original_max_position_embeddings": 512},
     "mistral": {**_WINDOWS, "file": "llama"},
+    "qwen3_next": {
+        **{**_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 32},
+        **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16},
+        **{"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "full_attention_interval": 2},
+        **{"partial_rotary_factor": 0.5},
+    },
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+ATTENTION = [name for name in MODELS if name != "qwen3_next"]
 # Of four layers, how many have windows.
 WINDOWED = {"mistral": 2, "gemma3_text": 2, "gpt_oss": 2}
 

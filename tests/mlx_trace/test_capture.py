@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.base import create_attention_mask  # noqa: E402
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache  # noqa: E402
 
-from tests.mlx_trace.models import MODELS, WINDOWED, build, tokens  # noqa: E402
+from tests.mlx_trace.models import ATTENTION, WINDOWED, build, tokens  # noqa: E402
 from tqc import ops  # noqa: E402
 from tqc.config import Config  # noqa: E402
 from tqc.mlx_trace import layouts, markers  # noqa: E402
@@ -35,7 +35,7 @@ def assert_same(a: mx.array, b: mx.array, tolerance: float = 2e-5) -> None:
     assert mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item() <= tolerance
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_a_session_is_the_models_own(name: str) -> None:
     """Prefill and decode past the window, on caches of mlx-lm: logits and, where they hold all tokens, the caches."""
     model = build(name)
@@ -81,7 +81,7 @@ def calls(captured: Captured) -> list[torch.fx.Node]:
 
 
 @pytest.mark.parametrize("length", [1, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_passes_pack_what_is_no_window(name: str, length: int) -> None:
     model = build(name)
     windows = WINDOWED.get(name, 0)

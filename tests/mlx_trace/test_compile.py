@@ -15,7 +15,7 @@ from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from tests.mlx_trace.models import build, tokens  # noqa: E402
-from tqc.mlx_trace.compile import compile_mlx, decompile_mlx  # noqa: E402
+from tqc import compile_mlx, decompile_mlx  # noqa: E402
 from tqc.mlx_trace.graph import CaptureError  # noqa: E402
 
 
@@ -24,7 +24,7 @@ def generated(model: nn.Module, count: int = 12) -> list[int]:
     return [int(token) for token, _ in steps]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
 def test_generation_is_the_same(name: str) -> None:
     """While another model of the same class stays as it is."""
     model, other = build(name), build(name)
