@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/mypy && mkdir -p build/mypy/tqc
-	ln -s $(CURDIR)/tqc/* $(CURDIR)/passes $(CURDIR)/lowering build/mypy/tqc
+	ln -s $(CURDIR)/tqc/* $(CURDIR)/passes $(CURDIR)/lowering $(CURDIR)/mlx_trace build/mypy/tqc
 	cd build/mypy && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tqc
 
 format: setup

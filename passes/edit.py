@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tqc.ops import Op, example, set_example, update
+from tqc.ops import Op, attention, example, set_example, update
 from tqc.passes.finders.flex_attention import FLEX
 from tqc.passes.finders.site import Attention
 from tqc.passes.graph import owns
@@ -61,6 +61,7 @@ _PURE_FUNCTIONS = {
     torch.nn.functional.softmax,
     torch.nn.functional.dropout,
     torch.nn.functional.scaled_dot_product_attention,
+    attention,
     operator.add,
     operator.mul,
     operator.sub,

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.ops import TENSORS, example
+from tqc.ops import attention as attention_function
 from tqc.passes.finders.attention import find_attention
 from tqc.passes.finders.cache import CacheWrite, find_cache, find_latents, find_write, has_cache
 from tqc.passes.finders.products import find_product
@@ -351,7 +352,7 @@ def _other_readers(write: CacheWrite, site: Site) -> list[Node]:
 
 def _leads_to(node: Node, products: set[Node]) -> bool:
     """Whether `node` is one of the attention's products, or a rearrangement that only they read."""
-    if calls(node, *SDPA) or find_product(node):
+    if calls(node, *SDPA, attention_function) or find_product(node):
         return node in products
     users = [user for user in node.users if isinstance(example(user), TENSORS)]
     return rearranges(node) and all(_leads_to(user, products) for user in users)

@@ -13,6 +13,9 @@ from tqc.ops.text import graph_text
 from tqc.passes.edit import fake_mode
 from tqc.passes.graph import MEASURES
 
+# Functions of dense tensors that front ends call beside torch's own.
+FUNCTIONS = ("tqc.mlx_trace.functions", "tqc.ops.attention")
+
 
 class InvalidGraph(AssertionError):
     """A graph that no target can realize: the message names the pass that made it and the node, and shows the graph."""
@@ -60,7 +63,8 @@ def _why_not(node: Node, finished: bool) -> str | None:
         if node.target is update and not (cache and cache.op == "placeholder"):
             return "what it updates is no input of the graph"
         return node.target.why_not(node)
-    if (getattr(node.target, "__module__", None) or "").startswith("tqc"):
+    module = getattr(node.target, "__module__", None) or ""
+    if module.startswith("tqc") and module not in FUNCTIONS:
         return f"{getattr(node.target, '__name__', node.target)} is no op of the dialect"
     if not finished:
         return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"tqc": "tqc", "passes": "tqc.passes", "lowering": "tqc.lowering"}
+FOLDERS = {"tqc": "tqc", "passes": "tqc.passes", "lowering": "tqc.lowering", "mlx_trace": "tqc.mlx_trace"}
 
 # The rooms, each with those it may import from: the name behind `tqc.`, "tqc" for the package's own names.
 ALLOWED: dict[str, set[str]] = {
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"format", "widths"},
     "ops": {"format", "torch_private"},
     "passes": {"format", "config", "ops", "torch_private"},
+    "mlx_trace": {"format", "config", "ops", "torch_private"},
     "lowering": {"format", "ops", "cache_folder", "torch_private"},
     "cache": {"format", "config", "ops", "torch_private"},
     "execute": {"format", "ops", "lowering", "cache", "torch_private"},
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         *("passes", "cache", "report", "backend"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
-    "tqc": {"config", "cache", "explainer"},
+    "tqc": {"config", "cache", "explainer", "mlx_trace"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "widths", "cache"},
     "cli": {"tqc", "config", "widths", "lowering", "evaluate", "models", "cache_folder", "torch_private"},
@@ -57,7 +58,7 @@ PRIVATE_ALLOWED = {
 }
 
 OPTIONAL = {
-    *("triton", "transformers", "tokenizers", "mlx", "onnx", "onnxscript", "onnxruntime", "diffusers"),
+    *("triton", "transformers", "tokenizers", "mlx", "mlx_lm", "onnx", "onnxscript", "onnxruntime", "diffusers"),
     *("gguf", "accelerate", "matplotlib", "huggingface_hub"),
 }
 
@@ -212,7 +213,7 @@ def test_no_optional_package_is_imported_with(module: str) -> None:
 
 def lacking(text: str) -> list[str]:
     """Folders of code that a map does not name, and files and folders that it names but are not there."""
-    named = set(re.findall(r"`((?:tqc|passes|lowering|tests|benchmarks|docs)(?:/[\w./]+?)?)/?`", text))
+    named = set(re.findall(r"`((?:tqc|passes|lowering|mlx_trace|tests|benchmarks|docs)(?:/[\w./]+?)?)/?`", text))
     code = {str(path.parent.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     faults = [f"{folder} is not named" for folder in sorted(code - named - {"tqc"})]
     kept = {name for name in named if not name.endswith(".json")}  # those are what scripts write

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "tqc", "passes", "lowering")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "tqc", "passes", "lowering", "mlx_trace")
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_one_package_with_the_kernels_sources(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"tqc", "tqai_compiler-0.1.0.dist-info"}
-    for folder, inside in (("tqc", "tqc"), ("passes", "tqc/passes"), ("lowering", "tqc/lowering")):
+    mapped = {name: f"tqc/{name}" for name in ("passes", "lowering", "mlx_trace")}
+    for folder, inside in {"tqc": "tqc", **mapped}.items():
         for file in (ROOT / folder).rglob("*"):
             if file.suffix in (".py", ".cpp", ".h") or file.name == "py.typed":
                 assert f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" in names

@@ -14,15 +14,28 @@ if TYPE_CHECKING:
     from tqc.cache.packed_tensor import PackedTensor
     from tqc.config import PRESETS, Config
     from tqc.explainer import explain
+    from tqc.mlx_trace.compile import compile_mlx, decompile_mlx
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Config", "PackedTensor", "cache_bytes", "explain", "load_cache", "save_cache"]
+__all__ = [
+    "PRESETS",
+    "Config",
+    "PackedTensor",
+    "cache_bytes",
+    "compile_mlx",
+    "decompile_mlx",
+    "explain",
+    "load_cache",
+    "save_cache",
+]
 
 _HOME = {
     "PRESETS": "config",
     "Config": "config",
     "PackedTensor": "cache.packed_tensor",
     "cache_bytes": "cache.io",
+    "compile_mlx": "mlx_trace.compile",
+    "decompile_mlx": "mlx_trace.compile",
     "load_cache": "cache.io",
     "save_cache": "cache.io",
     "explain": "explainer",

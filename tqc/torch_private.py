@@ -178,6 +178,10 @@ def _version(package: str) -> str:
 
 # Of every kind of fake tensor; no public name. Used to tell tracing from running.
 FakeTensor: Any = find("torch._subclasses.fake_tensor.FakeTensor", type("NoFakeTensor", (), {}))
+# Tensors without memory for graphs that were not traced by torch. No public way.
+FakeTensorMode: Any = find("torch._subclasses.fake_tensor.FakeTensorMode")
+# What dynamo's graphs call for torch's own statistics; an executor skips it.
+LOG_USAGE: Any = find("torch._C._log_api_usage_once")
 
 # `tree_map_only` and the like; `torch.utils.pytree` is not there yet (2.15).
 pytree: Any = find("torch.utils._pytree")

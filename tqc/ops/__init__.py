@@ -6,12 +6,14 @@
     fold, unfold                        into the basis of a folded format, and back
     adopt, update                       where a cache belongs to the caller: pack it, and say what becomes of it
 
-`op` says what an op is, `value` what nodes hold; `planes` has the reference's work on the parts of a cache, which is
-also what a provider's kernels do, and `traceable` the same in static shapes.
+`attention` is a function of dense tensors, for front ends, where torch has none. `op` says what an op is, `value` what
+nodes hold; `planes` has the reference's work on the parts of a cache, which is also what a provider's kernels do, and
+`traceable` the same in static shapes.
 """
 
 from tqc.ops.adopt import adopt
 from tqc.ops.attend import attend
+from tqc.ops.attention import attention
 from tqc.ops.extend import extend
 from tqc.ops.fold import fold
 from tqc.ops.fork import fork
@@ -31,6 +33,7 @@ __all__ = [
     "Planes",
     "adopt",
     "attend",
+    "attention",
     "example",
     "extend",
     "fold",

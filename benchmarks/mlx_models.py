@@ -1,0 +1,217 @@
+"""Which models of mlx-lm can be captured as graphs, and what of their attention the passes pack.
+
+    python -m benchmarks.mlx_models                 all, some minutes
+    python -m benchmarks.mlx_models llama gemma2    some, printed only
+
+Each model is random and small. A prompt in two parts and four tokens run through captured programs and through the
+model itself, each on caches of mlx-lm, and the logits are compared. A row says how many attention sites the decoding
+graph has, how many are packed, and why the others are not; or what failed, in the model itself ("not built", "dense run
+failed") or in ours ("not captured").
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+import time
+from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import Any
+
+from benchmarks.envelope import write
+
+SECONDS, TOLERANCE = 120, 1e-3
+LENGTHS = (12, 12, 1, 1, 1, 1)
+# What a configuration that has such a field gets.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), 128),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embedding_size"), 64),
+    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "ffn_hidden_size", "moe_intermediate_size"), 96),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "moe_ffn_hidden_size"), 96),
+    **dict.fromkeys(("expert_ffn_hidden_size", "intermediate_size_mlp", "block_ff_dim"), 96),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_transformer_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_attention_groups", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "kv_channels", "query_pre_attn_scalar"), 16),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "num_experts_top_k"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 512),
+    **dict.fromkeys(("original_max_position_embeddings", "model_max_length"), 512),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"), 1e-5),
+    **dict.fromkeys(("layernorm_epsilon", "layer_norm_rms_epsilon"), 1e-5),
+    **dict.fromkeys(("sliding_window", "window_size", "sliding_window_size", "attention_window_size"), 8),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_qkv_bias", "use_bias", "no_bias"), False),
+    **dict.fromkeys(("rope_theta", "rope_base", "rotary_emb_base"), 10000.0),
+    **{"tie_word_embeddings": True, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "n_group": 1},
+    **{
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "num_shared_experts": 1,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    **{"norm_topk_prob": True, "moe_layer_freq": 1, "routed_scaling_factor": 1.0, "sliding_window_pattern": 2},
+    **{"rotary_dim": 8, "rotary_pct": 0.5, "logit_scale": 1.0, "attention_multiplier": 0.25, "hidden_act": "silu"},
+    **{"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "ssm_state_size": 8},
+    **{"state_size": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "conv_kernel": 4, "conv_kernel_size": 4},
+    **{"time_step_rank": 4, "linear_conv_kernel_dim": 4, "full_attention_interval": 2, "conv_L_cache": 3},
+    **{"full_attn_idxs": [1, 3], "conv_dim": 64, "conv_dim_out": 64, "hidden_size_per_layer_input": 8},
+    **{"vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0, "attn_logit_softcapping": 50.0},
+    **{"final_logit_softcapping": 30.0, "attention_logits_soft_cap": 50.0, "add_qkv_bias": False, "dt_rank": 4},
+    **{"rope_traditional": False, "qkv_bias": False, "scale_emb": 1.0, "scale_depth": 1.0, "dim_model_base": 64},
+}
+VARIATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    {"num_key_value_heads": 4},
+    {"q_lora_rank": None},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+)
+
+
+def build(name: str, variation: dict[str, Any]) -> Any:
+    import mlx.core as mx
+
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    fields = {field.name for field in dataclasses.fields(module.ModelArgs)}
+    given = {**SMALL, **variation, "model_type": name}
+    if "text_config" in fields:
+        given["text_config"] = {**SMALL, **variation, "model_type": f"{name}_text"}
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict({key: held for key, held in given.items() if key in fields}))
+    mx.eval(model.parameters())
+    return model
+
+
+def run(call: Any) -> list[Any]:
+    """Logits of a prompt in two parts and of four tokens, evaluated."""
+    import mlx.core as mx
+
+    mx.random.seed(1)
+    tokens, at, made = mx.random.randint(3, 128, (1, sum(LENGTHS))), 0, []
+    for length in LENGTHS:
+        made.append(call(tokens[:, at : at + length]))
+        mx.eval(made[-1])
+        at += length
+    return made
+
+
+def cell(name: str) -> dict[str, Any]:
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from tqc.config import Config
+    from tqc.mlx_trace.capture import capture
+    from tqc.mlx_trace.compile import Program
+    from tqc.mlx_trace.execute import Unsupported
+    from tqc.mlx_trace.graph import CaptureError
+    from tqc.passes import rewrite
+    from tqc.passes.plan import DENSE, PACK, READ
+
+    row: dict[str, Any] = {"model": name}
+    failures: dict[str, str] = {}
+    for variation in VARIATIONS:
+        try:
+            model = build(name, variation)
+        except Exception as error:
+            failures.setdefault("not built", _first_line(error))
+            continue
+        try:
+            cache = make_prompt_cache(model)
+            expected = run(lambda tokens, model=model, cache=cache: model(tokens, cache=cache))
+            break
+        except Exception as error:
+            failures["dense run failed"] = _first_line(error)
+    else:
+        result, why = failures.popitem()
+        return {**row, "result": result, "why": why}
+    ours, programs, seconds = make_prompt_cache(model), {}, 0.0
+    row["caches"] = dict(collections.Counter(type(cache).__name__ for cache in ours))
+
+    def call(tokens: mx.array) -> mx.array:
+        nonlocal seconds
+        length = tokens.shape[1]
+        key = (length, repr([getattr(cache, "cache", None) is not None and cache.empty() for cache in ours]))
+        if key not in programs:
+            begin = time.time()
+            captured = capture(model, ours, 1, length)
+            seconds += time.time() - begin
+            programs[key] = Program(captured)
+        return programs[key](tokens, ours)
+
+    try:
+        actual = run(call)
+    except (CaptureError, Unsupported) as error:
+        return {**row, "result": "not captured", "why": _first_line(error)}
+    largest = max(mx.abs(a - b).max().item() for a, b in zip(actual, expected, strict=True))
+    row |= {"error": largest, "seconds": round(seconds, 2)}
+    plan = rewrite(capture(model, ours, 1, 1).gm, Config())
+    row |= {"sites": len(plan.sites), "packed": len(plan.with_action(PACK)) + len(plan.with_action(READ))}
+    row["why"] = "; ".join(dict.fromkeys(site.reason for site in plan.with_action(DENSE)))
+    return {**row, "result": "captured" if largest <= TOLERANCE * mx.abs(expected[-1]).max().item() else "WRONG"}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
+
+
+def _isolated(name: str) -> dict[str, Any]:
+    """A cell, cut off after `SECONDS`."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"took more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        return cell(name)
+    except BaseException as error:
+        return {"model": name, "result": "FAILED", "why": _first_line(error)}
+    finally:
+        signal.alarm(0)
+
+
+def names() -> list[str]:
+    """Files of mlx-lm that hold a model."""
+    spec = find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("mlx-lm is not installed: pip install 'mlx[cpu]' mlx-lm")
+    folder = os.path.join(spec.submodule_search_locations[0], "models")
+    found = []
+    for module in pkgutil.iter_modules([folder]):
+        with open(os.path.join(folder, f"{module.name}.py"), encoding="utf-8") as file:
+            text = file.read()
+        if "class Model(" in text and "class ModelArgs" in text:
+            found.append(module.name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    begin, rows = time.time(), []
+    # A process a cell, none of which inherits a running MLX.
+    with get_context("fork").Pool(arguments.processes, maxtasksperchild=1) as pool:
+        for row in pool.imap(_isolated, arguments.names or names()):
+            print({key: held for key, held in row.items() if held not in ("", None)}, flush=True)
+            rows.append(row)
+    print(f"{dict(collections.Counter(row['result'] for row in rows))} in {time.time() - begin:.0f} s")
+    if not arguments.names:
+        write("mlx_models", rows, packages=("mlx", "mlx-lm"))
+    if any(row["result"] in ("FAILED", "WRONG") for row in rows):
+        sys.exit("some models failed")
+
+
+if __name__ == "__main__":
+    main()
