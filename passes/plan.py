@@ -192,15 +192,12 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
         site.reason = "" if computed else _why_not_fused(site) or ""
         action = READ if computed else FUSE
     else:
-        site.reason = _why_not_packed(site, outputs) or ""
+        site.reason = _why_not_packed(site, config, outputs) or ""
         if not site.reason:
             shapes = [example(write.new).shape for write in (key, val)]
             k_head_dim, v_head_dim = (int(shape[-1]) for shape in shapes)
             own = config.of_layer(site.layer, int(shapes[0][1]), k_head_dim, v_head_dim)
             site.k_fmt, site.v_fmt = own.formats(k_head_dim, v_head_dim, key.keep)
-            if key.keep is not None and key.keep <= site.k_fmt.token_rows:
-                recent = f"the {site.k_fmt.token_rows} tokens that stay dense"
-                site.reason = f"the cache keeps {key.keep} tokens (a sliding window), no more than {recent}"
         action = PACK
     if site.reason:
         return
@@ -237,8 +234,11 @@ def _fold(site: Site, config: Config) -> None:
     site.notes.append(f"values folded {rest}")
 
 
-def _why_not_packed(site: Site, outputs: set[Node]) -> str | None:
+def _why_not_packed(site: Site, config: Config, outputs: set[Node]) -> str | None:
     assert site.key and site.value
+    stay = config.sink_tokens + config.residual_window
+    if site.key.keep is not None and site.key.keep <= stay:
+        return f"the cache keeps {site.key.keep} tokens (a sliding window), no more than the {stay} that stay dense"
     for name, write in (("keys", site.key), ("values", site.value)):
         if write.kind == "read":
             return f"the {name} are an input that this call does not write"

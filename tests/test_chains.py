@@ -156,7 +156,7 @@ def test_nothing_is_kept_alive(subject):
         decoder.step()
     assert uses() == before
     storage = decoder.cache.layers[0].keys.packed_storage
-    assert [storage.length, storage.packed] == storage.state.tolist()
+    assert [storage.length, storage.packed, storage.begin] == storage.state.tolist()
 
 
 def test_two_continuations_of_a_prefix_do_not_see_each_other(subject):

@@ -92,7 +92,9 @@ def _readers(node: Node) -> list[Node]:
 def _why_read_elsewhere(node: Node, attention: Attention, write: CacheWrite) -> str | None:
     """Why not all of what `node` holds goes straight into the cache and into attention, as its values alone."""
     while node is not attention.output:
-        readers = [user for user in _readers(node) if node is not write.node or user.op != "output"]
+        readers = _readers(node)
+        if node is write.node:
+            readers = [user for user in readers if user.op != "output" and user is not write.kept]
         if len(readers) != 1:
             return f"the values are read by {', '.join(map(_name, readers))}"
         if node in (attention.query, attention.key):

@@ -64,7 +64,7 @@ def test_a_window_no_longer_than_what_stays_dense_says_so() -> None:
         run(model, prompt(1, 50), DynamicCache(config=model.config), splits=(50,))
     assert [site.action for site in plans[0].sites] == [PACK, DENSE, PACK]
     assert plans[0].sites[1].reason == (
-        "the cache keeps 36 tokens (a sliding window), no more than the 36 tokens that stay dense"
+        "the cache keeps 36 tokens (a sliding window), no more than the 36 that stay dense"
     )
 
 

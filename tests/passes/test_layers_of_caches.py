@@ -143,7 +143,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     "name, attn, reason",
     [
-        ("gemma2", "eager", "the cache keeps 29 tokens (a sliding window), no more than the 36 tokens"),
+        ("gemma2", "eager", "the cache keeps 29 tokens (a sliding window), no more than the 36 that stay dense"),
         ("llama", "sdpa", "the head_dim of the keys is 20, not a multiple of 8"),
     ],
 )
