@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.cache.storage import Appending, Storage
+from tqc.cache.storage import Append, Storage
 from tqc.cache.views import Views, family, hold, view, writable
 from tqc.format import PackedFormat
 from tqc.format.quantizer import fold
@@ -26,7 +26,6 @@ from tqc.torch_private import (
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
-Append = Callable[..., None]
 _LENGTH = {2}  # the dimension that varies in a growing cache
 _PACKED_ANEW = "a packed tensor is written elsewhere than at its end: each such write packs it anew, slowly"
 
@@ -246,29 +245,13 @@ def extend(
     count = new.shape[2]
     storage = past.room_behind(count)
     storage.balance(new, query)
-    _append(storage, new, count, None, append)
+    storage.append(new, count, None, append)
     return PackedTensor.up_to(storage, past.end + count)
 
 
 def pack(new: Tensor, fmt: PackedFormat, append: Append = library.append, query: Tensor | None = None) -> PackedTensor:
     """Pack dense keys or values, [batch, heads, n, head_dim]."""
-    return PackedTensor.up_to(pack_storage(new, fmt, new.shape[2], append, query), new.shape[2])
-
-
-def pack_storage(
-    new: Tensor, fmt: PackedFormat, tokens: int, append: Append = library.append, query: Tensor | None = None
-) -> Storage:
-    """Storage with room for `tokens` tokens that holds those of `new`."""
-    batch, heads, count, _ = new.shape
-    storage = Storage.allocate(batch, heads, fmt, new.dtype, new.device, tokens)
-    storage.balance(new, query)
-    _append(storage, new, count, None, append)
-    return storage
-
-
-def _append(storage: Storage, new: Tensor, count: int | None, start: Tensor | None, append: Append) -> None:
-    with Appending((storage,), (count,)):
-        append(storage.pages, storage.dense, storage.state, new, start, storage.fmt.spec)
+    return PackedTensor.up_to(Storage.holding(new, fmt, new.shape[2], append, query), new.shape[2])
 
 
 @_handles(aten.slice.Tensor)
@@ -405,7 +388,7 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
 def write_at(x: PackedTensor, new: Tensor, start: Tensor, append: Append = library.append) -> None:
     """Write into a preallocated packed tensor, in place: tokens at `start[0]`, `start[0] + 1`, ...; what is stored
     behind them is dropped, and nobody else may read there (see `writable`)."""
-    _append(x.packed_storage, new, None, start, append)
+    x.packed_storage.append(new, None, start, append)
 
 
 def rewrite(x: PackedTensor, write: Callable[[Tensor], Any], stored: int | None = None, kernels: Any = library) -> None:
@@ -422,4 +405,4 @@ def rewrite(x: PackedTensor, write: Callable[[Tensor], Any], stored: int | None 
     dense = kernels.read(x.pages, x.dense, x.state, length, x.fmt.spec)
     write(dense[:, :, : x.shape[2]])
     tokens = fold(dense if stored is None else dense[:, :, :stored], x.fmt)
-    hold(members, pack_storage(tokens, x.fmt, length, kernels.append))
+    hold(members, Storage.holding(tokens, x.fmt, length, kernels.append))

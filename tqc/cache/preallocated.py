@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.cache.packed_tensor import Append, PackedTensor, pack_storage, rewrite
+from tqc.cache.packed_tensor import PackedTensor, rewrite
+from tqc.cache.storage import Append, Storage
 from tqc.format import PackedFormat
 from tqc.format.quantizer import unfold
 from tqc.torch_private import is_view, swap_tensors
@@ -43,7 +44,7 @@ def become_packed(tensor: Tensor, stored: int, fmt: PackedFormat, append: Append
     """Turn a dense tensor object into a `PackedTensor` of the same shape that holds its first `stored` tokens.
 
     `query` is as in `tqc.ops.pack`."""
-    storage = pack_storage(tensor[:, :, :stored], fmt, tensor.shape[2], append, query)
+    storage = Storage.holding(tensor[:, :, :stored], fmt, tensor.shape[2], append, query)
     packed = PackedTensor(storage, tensor.shape[2])
     try:
         swap_tensors(tensor, packed)

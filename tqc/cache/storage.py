@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,9 @@ _FEW_PAGES = 8
 _FEW_ROWS = 64
 # A size of 1 would be a constant to dynamo.
 MIN_ROWS = 2
+
+
+Append = Callable[..., None]
 
 
 class Storage:
@@ -59,6 +62,17 @@ class Storage:
         dense = fmt.empty_dense(batch, heads, max(MIN_ROWS, fmt.rows_for(tokens)), dtype, device)
         return cls(pages, dense, torch.zeros(3, dtype=torch.int64, device=device), fmt, 0, 0, 0)
 
+    @classmethod
+    def holding(
+        cls, new: Tensor, fmt: PackedFormat, tokens: int, append: Append, query: Tensor | None = None
+    ) -> Storage:
+        """Storage with room for `tokens` tokens that holds those of `new`; `query` is as in `tqc.ops.pack`."""
+        batch, heads, count, _ = new.shape
+        storage = cls.allocate(batch, heads, fmt, new.dtype, new.device, tokens)
+        storage.balance(new, query)
+        storage.append(new, count, None, append)
+        return storage
+
     @property
     def pages(self) -> Tensor:
         return self._pages
@@ -66,8 +80,7 @@ class Storage:
     @pages.setter
     def pages(self, pages: Tensor) -> None:
         self._pages = pages
-        batch, heads, num_pages, page_bytes = pages.shape
-        self.codes = pages.flatten(2) if num_pages else _no_codes(batch, heads, page_bytes, pages.device)
+        self.codes = pages.flatten(2) if pages.shape[2] else _no_codes(pages.shape, pages.device, pages.is_inference())
         mark_dynamic(self.codes, 2)
 
     @property
@@ -152,8 +165,7 @@ class Storage:
         if gap := end - storage.length:
             batch, heads, _, dim = storage.dense.shape
             zeros = storage.dense.new_zeros(batch, heads, gap, dim)
-            with Appending((storage,), (gap,)):
-                planes.append(storage.pages, storage.dense, storage.state, zeros, None, storage.fmt.spec)
+            storage.append(zeros, gap, None, planes.append)
         return storage
 
     def _loses(self, end: int) -> bool:
@@ -165,6 +177,12 @@ class Storage:
         if passed > self.packed // PAGE_TOKENS:
             lost = max(lost, passed)
         return lost > 0 and any(tensor.begin < self.fmt.sink_tokens + lost * PAGE_TOKENS for tensor in self.readers())
+
+    def append(self, new: Tensor, count: int | None, start: Tensor | None, append: Append) -> None:
+        """Append tokens for which there is room by a kernel; `count` is how many, or None where only the device knows
+        their position."""
+        with Appending((self,), (count,)):
+            append(self.pages, self.dense, self.state, new, start, self.fmt.spec)
 
     def state_behind(self, count: int) -> tuple[int, int, int]:
         """Length, packed and begin once `count` more tokens are stored."""
@@ -289,6 +307,8 @@ class Appending:
 
 
 @cache
-def _no_codes(batch: int, heads: int, page_bytes: int, device: torch.device) -> Tensor:
-    """What stands for the pages of all caches that have none."""
-    return torch.zeros(batch, heads, page_bytes, dtype=torch.uint8, device=device)
+def _no_codes(shape: torch.Size, device: torch.device, inference: bool) -> Tensor:
+    """What stands for the pages of all caches that have none; `inference_mode` has tensors of its own."""
+    batch, heads, _, page_bytes = shape
+    with torch.inference_mode(inference):
+        return torch.zeros(batch, heads, page_bytes, dtype=torch.uint8, device=device)
