@@ -130,4 +130,7 @@ def test_the_command(tiny_model_folder: Path, monkeypatch, capsys, tmp_path: Pat
     eval_args = ["eval", "k2v2", *widths, "--text", str(text), "--tokens", "300", "--numbers", "0", "--json"]
     code, shown, err = call(monkeypatch, capsys, *eval_args)
     assert code == 0, err
-    assert [row["name"] for row in json.loads(shown)["evaluations"][0]["rows"]][1:] == ["k2v2", f"{found['bits']:.4g}-bits:w96:s4"]
+    assert [row["name"] for row in json.loads(shown)["evaluations"][0]["rows"]][1:] == [
+        "k2v2",
+        f"{found['bits']:.4g}-bits:w96:s4",
+    ]

@@ -100,9 +100,8 @@ class PackedTensor(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: str, outer_size: Any, outer_stride: Any) -> PackedTensor:
-        fmt, codes = PackedFormat.parse(spec), inner["codes"]
-        pages = codes.view(*codes.shape[:2], codes.shape[2] // fmt.page_bytes, fmt.page_bytes)
-        return PackedTensor(Storage(pages, inner["dense"], inner["state"], fmt, None, None, 0), outer_size[2])
+        parts = (inner["codes"], inner["dense"], inner["state"])
+        return PackedTensor(Storage(*parts, PackedFormat.parse(spec), None, None, 0), outer_size[2])
 
     # Methods below are overridden where dispatch comes too late: autograd would make the whole tensor the base of each
     # prefix and keep it alive, so that appending to a cropped cache had to copy; `repeat_interleave` decomposes.

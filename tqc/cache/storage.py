@@ -36,6 +36,8 @@ class Storage:
         codes: the bytes of `pages` as dynamo sees them, [batch, heads, bytes]: 0 or 1 pages would be constants to it.
     """
 
+    _pages: Tensor | None
+    codes: Tensor
     __slots__ = ("_pages", "codes", "_dense", "state", "fmt", "_length", "_packed", "_begin", "_readers", "__weakref__")
 
     def __init__(
@@ -75,10 +77,18 @@ class Storage:
 
     @property
     def pages(self) -> Tensor:
+        if self._pages is None:
+            batch, heads, count = self.codes.shape
+            page_bytes = self.fmt.page_bytes
+            self._pages = self.codes.view(batch, heads, count // page_bytes, page_bytes)
         return self._pages
 
     @pages.setter
     def pages(self, pages: Tensor) -> None:
+        """Of a tensor that is being traced, `codes` may be given: what dynamo has to know of pages takes it long."""
+        if pages.dim() == 3:
+            self._pages, self.codes = None, pages
+            return
         self._pages = pages
         self.codes = pages.flatten(2) if pages.shape[2] else _no_codes(pages.shape, pages.device, pages.is_inference())
         mark_dynamic(self.codes, 2)
