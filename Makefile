@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROMPT ?= $$(cat docs/demo.txt)
 
-.PHONY: setup demo test test-models test-sessions test-fuzz test-sanitizers lint format bench clean
+.PHONY: setup demo test test-extended test-models test-sessions test-fuzz test-sanitizers lint format bench clean
 
 setup: $(STAMP)
 
@@ -21,7 +21,11 @@ demo: setup
 
 # One worker a core, each with one thread: threads that wait for each other's cores cost more than they bring.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not extended"
+
+# More models and spellings of what `test` shows: some five minutes.
+test-extended: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m extended
 
 # Every architecture of transformers that builds small, ten minutes; writes benchmarks/results/models.json.
 test-models: setup

@@ -22,7 +22,9 @@ LATENT = [("deepseek_v2", "sdpa"), ("deepseek_v3", "eager")]
 
 
 def params(fast: list[Any], slow: list[Any]) -> list[Any]:
-    return [*(pytest.param(*case) for case in fast), *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+    """The eager spelling is one for all families; those in `fast` show it."""
+    kind = {"sdpa": pytest.mark.slow, "eager": pytest.mark.extended}
+    return [*(pytest.param(*case) for case in fast), *(pytest.param(*case, marks=kind[case[1]]) for case in slow)]
 
 
 def compare(model: Any, batch: int = 2, logits: float = 0.05, caches: float = 0.03, **options: Any) -> list[Any]:
@@ -68,7 +70,10 @@ def test_a_window_no_longer_than_what_stays_dense_says_so() -> None:
     )
 
 
-@pytest.mark.parametrize("splits", [(20, 21), (300,), (59, 60, 130), (150, 190, 260)])
+@pytest.mark.parametrize(
+    "splits",
+    [*(pytest.param(splits, marks=pytest.mark.extended) for splits in ((20, 21), (300,))), (59, 60, 130), (150, 260)],
+)
 def test_a_window_goes_on_for_long(splits: tuple[int, ...]) -> None:
     """It fills up token by token or at once, takes chunks longer than itself, and drops whole pages many times."""
     model, ids = FAMILIES["mistral"].build("sdpa"), prompt(2, 330)
@@ -94,7 +99,7 @@ def test_few_bits(bits: int, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(attn: str, dtype: torch.dtype) -> None:
     plans = compare(FAMILIES["llama"].build(attn, dtype), logits=0.1)

@@ -153,7 +153,7 @@ def test_each_part(parts: tuple[str, ...]) -> None:
     check(parts)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.tuples(*(st.sampled_from(sorted(part)) for part in PARTS)))
 def test_any_combination(parts: tuple[str, ...]) -> None:
