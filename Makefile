@@ -23,7 +23,7 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not extended"
 
-# More models and spellings of what `test` shows: some five minutes.
+# More models and spellings of what `test` shows.
 test-extended: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m extended
 
