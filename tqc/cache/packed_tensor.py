@@ -134,7 +134,7 @@ class PackedTensor(torch.Tensor):
 
     def dequantize(self) -> Tensor:
         """Dense copy, [batch, heads, length, head_dim] in this tensor's dtype."""
-        return library.read(self.pages, self.dense, self.state, self.shape[2], self.fmt.spec)
+        return library.read(self.codes, self.dense, self.state, self.shape[2], self.fmt.spec)
 
     def packed_nbytes(self) -> int:
         """Bytes held: codes, scales, centres, sinks, window and spare capacity."""

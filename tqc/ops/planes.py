@@ -116,9 +116,12 @@ def rewind(pages: Tensor, dense: Tensor, packed: int, length: int, fmt: PackedFo
 def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
     """The first `length` tokens that are held, decoded: [batch, heads, length, head_dim] in dense's dtype.
 
-    Positions behind the last stored token are zeros. Values of a folded format are rotated back.
+    Positions behind the last stored token are zeros. Values of a folded format are rotated back. `pages` may come flat,
+    [batch, heads, bytes], so that no tracer has to follow a view of it.
     """
     fmt = PackedFormat.parse(spec)
+    if pages.dim() == 3:
+        pages = pages.unflatten(2, (pages.shape[2] // fmt.page_bytes, fmt.page_bytes))
     return unfold(held(pages, dense, state, length, fmt), fmt)
 
 
