@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from tqc import report
 from tqc.config import Config
 from tqc.mlx_trace.caches import leaves
 from tqc.mlx_trace.capture import capture
@@ -17,7 +18,6 @@ from tqc.mlx_trace.graph import CaptureError
 from tqc.mlx_trace.pack import Choice, choose, pack
 from tqc.mlx_trace.packed_cache import adopt
 from tqc.mlx_trace.program import Program
-from tqc.passes.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ class Programs:
 
     Attributes:
         choice: which caches are packed; None before the first call.
-        plans: what was found in each graph and done with it.
     """
 
     def __init__(self, model: nn.Module, config: Config, strict: bool) -> None:
@@ -39,7 +38,6 @@ class Programs:
         self.config, self.strict = config, strict
         self.choice = Choice() if config.off else None
         self.programs: dict[Any, Program] = {}
-        self.plans: list[Plan] = []
         self.refused: dict[Any, str] = {}
 
     def __call__(self, model: nn.Module, tokens: mx.array, caches: list[Any]) -> mx.array:
@@ -47,11 +45,14 @@ class Programs:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
     def _part(self, model: nn.Module, tokens: mx.array, caches: list[Any]) -> mx.array:
+        if len(caches) != len(model.layers):
+            raise ValueError(f"cache must have one entry a layer: got {len(caches)} caches for a model that has "
+                             f"{len(model.layers)} layers")  # fmt: skip
         batch, length = tokens.shape
         key = (batch, length, *map(_state, leaves(caches)))
         if key not in self.programs and key not in self.refused:
             try:
-                self.programs[key] = self._made(self._plain(model), caches, batch, length)
+                self.programs[key] = self._made(plain_model(model), caches, batch, length)
             except (CaptureError, Unsupported) as error:
                 if self.strict:
                     raise
@@ -68,18 +69,25 @@ class Programs:
 
     def _made(self, model: nn.Module, caches: list[Any], batch: int, length: int) -> Program:
         if self.choice is None:
+            # On caches of its own, for those that are given may be of another model.
             self.choice = choose(model, caches, batch, length, self.config)
         captured = capture(model, caches, batch, length, self.choice.formats)
         if not self.config.off:
-            self.plans.append(pack(captured, self.choice, self.config))
+            plan = pack(captured, self.choice, self.config, report.wants_texts())
+            report.record(plan)
+            report.warn_if_dense(plan)
         return Program(captured)
 
-    def _plain(self, model: nn.Module) -> nn.Module:
-        """The model as it was, of the same parts."""
-        plain = self.original.__new__(self.original)
-        dict.update(plain, model)
-        vars(plain).update(vars(model))
-        return plain
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model as it was before it was compiled, of the same parts; itself if it was not."""
+    programs = getattr(type(model), "tqc_programs", None)
+    if programs is None:
+        return model
+    plain = programs.original.__new__(programs.original)
+    dict.update(plain, model)
+    vars(plain).update(vars(model))
+    return plain
 
 
 def _state(cache: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.nn as nn
@@ -24,11 +24,11 @@ class Choice:
 
     Attributes:
         formats: of keys and values, by the number of a cache that is packed.
-        reasons: why others are not, by the name of the attention.
+        reasons: why others are not, by the layer.
     """
 
     formats: dict[int, Formats] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
 
 
 def choose(model: nn.Module, caches: list[Any], batch: int, length: int, config: Config) -> Choice:
@@ -39,15 +39,18 @@ def choose(model: nn.Module, caches: list[Any], batch: int, length: int, config:
     """
     candidates = {at for at, cache in enumerate(leaves(caches)) if may_pack(cache)}
     plan = make_plan(capture(model, caches, batch, length, candidates).gm, config)
-    choice = Choice(reasons={site.attention.name: site.reason for site in plan.with_action(DENSE)})
+    choice = Choice(reasons={site.layer: site.reason for site in plan.with_action(DENSE) if site.layer is not None})
     for site in plan.with_action(PACK):
         assert site.key and site.key.past and site.k_fmt and site.v_fmt
         choice.formats[int(site.key.past.meta["path"].split(".")[1])] = (site.k_fmt, site.v_fmt)
     return choice
 
 
-def pack(captured: Captured, choice: Choice, config: Config) -> Plan:
+def pack(captured: Captured, choice: Choice, config: Config, keep_texts: bool = False) -> Plan:
     """Rewrite and realize a graph that was captured with packed caches, in place.
+
+    Args:
+        keep_texts: as in `tqc.passes.rewrite`.
 
     Raises:
         CaptureError: if attention cannot read a cache that is packed.
@@ -58,11 +61,12 @@ def pack(captured: Captured, choice: Choice, config: Config) -> Plan:
             held, fmt = example(node), choice.formats[int(rest[0])][int(rest[1])]
             batch, heads, length, _ = held.shape
             set_example(node, PackedValue(fmt, batch, heads, length, held.dtype, held.device))
-    plan = rewrite(captured.gm, config)
+    dense = tuple(choice.reasons)
+    plan = rewrite(captured.gm, replace(config, skip_layers=dense), keep_texts=keep_texts)
     for site in plan.with_action(DENSE):
-        if site.key and site.key.packed:
+        if site.layer not in choice.reasons:
             raise CaptureError(f"{site.attention.name} cannot read its packed cache: {site.reason}")
-        site.reason = choice.reasons.get(site.attention.name, site.reason)
+        site.reason = choice.reasons[site.layer]
     for site in plan.with_action(FUSE):
         site.kernel = "reference"
     realize(captured.gm)

@@ -149,10 +149,15 @@ def adopt(cache: Any, formats: Formats) -> Any:
         keys, values, placement = packed_from(keys[:, :, :count], values[:, :, :count], formats)
         if _turns(cache) and count > placement.length:
             raise ValueError("a full RotatingKVCache was filled by another model: its first tokens are gone")
-    vars(cache).pop("offset", None)
-    cache.__class__ = _CLASSES[type(cache)]
-    cache.keys, cache.values, cache.placement, cache.formats = keys, values, placement, formats
-    return cache
+    return holding(cache, keys, values, placement, formats)
+
+
+def holding(plain: Any, keys: Any, values: Any, placement: Placement, formats: Formats) -> Any:
+    """A plain cache, turned into a packed one with these parts."""
+    vars(plain).pop("offset", None)
+    plain.__class__ = _CLASSES[type(plain)]
+    plain.keys, plain.values, plain.placement, plain.formats = keys, values, placement, formats
+    return plain
 
 
 def _turns(cache: Any) -> bool:

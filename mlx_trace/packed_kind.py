@@ -51,11 +51,19 @@ class Growing(Kind):
     def prepare(self, cache: Any, length: int) -> list[Any]:
         if cache.keys is None:
             cache.start(*(mx.zeros((*shape[:2], 0, shape[3]), dtype) for shape, dtype in self.shapes))
+        for part, (shape, dtype) in zip((cache.keys, cache.values), self.shapes, strict=True):
+            if (part.dense.shape[1], part.dense.shape[3], part.dense.dtype) != (shape[1], shape[3], dtype):
+                held, wanted = _said(part.dense.shape, part.dense.dtype), _said(shape, dtype)
+                raise ValueError(f"the cache holds {held}, and the model makes {wanted}: it is of another model")
         cache.reserve(length)
         return [cache.keys, cache.values]
 
     def store(self, cache: Any, arrays: list[Any], length: int) -> None:
         cache.hold(*arrays, length)
+
+
+def _said(shape: Any, dtype: mx.Dtype) -> str:
+    return f"{shape[1]} heads of {shape[3]} {str(dtype).rpartition('.')[2]} numbers"
 
 
 def dense_of(part: Any) -> mx.array:

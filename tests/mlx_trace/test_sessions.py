@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (  # noqa: E402
 )
 
 from tests.mlx_trace.models import build, tokenizer, tokens  # noqa: E402
-from tqc import compile_mlx, decompile_mlx  # noqa: E402
+from tqc import compile_mlx, decompile_mlx, explain  # noqa: E402
 from tqc.mlx_trace.graph import CaptureError  # noqa: E402
 
 FINE = {"bits_k": 8, "bits_v": 8, "residual_window": 32}
@@ -192,3 +192,31 @@ def test_what_a_packed_cache_cannot_do_says_so() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             compile_mlx(model, **options)
+
+
+def test_explain_says_what_becomes_of_each_layer(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mistral")
+    said = explain(model, PROMPT[0].tolist(), options=FINE)
+    assert "attention reads packed" in str(said)
+    assert "no more than the 36 that stay dense" in said.graphs[0][0]["reason"]
+    assert {site["action"] for graph in said.graphs for site in graph} == {"dense", "fuse"}
+    assert said.tokens == 164 and said.cache_bytes and said.dense_bytes and type(model).__name__ == "Model"
+    compile_mlx(model, skip_layers=(0, 1, 2, 3))
+    said = explain(model, PROMPT[0, :3], graphs=True)
+    assert "named in skip_layers" in str(said) and "no attention reads a packed cache" in said.notes
+    assert said.texts and "packs nothing of its cache: " not in caplog.text
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        explain(model, [1.5])
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module or an mlx.nn.Module, got str"):
+        explain("llama", [1])
+
+
+def test_a_model_of_which_nothing_can_be_packed_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = compiled(head_dim=12)
+    with caplog.at_level("WARNING", logger="tqc"):
+        for _ in range(2):
+            run(model, make_prompt_cache(model), 3, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a graph of Model packs nothing of its cache: the head_dim of the keys is 12, not a multiple of 8 "
+        "(tqc.explain shows each layer)"
+    ]
