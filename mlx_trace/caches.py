@@ -30,12 +30,19 @@ def rebuilt(caches: Any, made: Iterator[Any]) -> list[Any]:
     return [CacheList(*rebuilt(cache.caches, made)) if type(cache) is CacheList else next(made) for cache in caches]
 
 
+def may_pack(cache: Any) -> bool:
+    """Whether a cache holds keys and values in a way that the packed format has too."""
+    return type(cache) is KVCache or (type(cache) is RotatingKVCache and cache.keep == 0) or hasattr(cache, "placement")
+
+
 def kind_of(cache: Any, length: int) -> Kind:
     """How a cache takes part in calls of `length` tokens.
 
     Raises:
         CaptureError: for a class that is not known, or a state that it cannot be captured in.
     """
+    if hasattr(cache, "placement"):
+        raise CaptureError("the cache is packed, and the model was compiled to leave it dense")
     if type(cache) is KVCache:
         return Whole()
     if type(cache) is RotatingKVCache:
@@ -282,12 +289,11 @@ class Traced:
         if held is None:
             raise CaptureError("a mask is asked of a cache that stays empty")
         if self._at is None:
-            window, columns = window_size or self.max_size, self.kind.size + length
-            how = {"length": length, "window": window}
-            return self.trace.mark("window_mask", [held], (length, columns), mx.bool_, **how)
+            shape = (length, self.kind.size + length)
+            return self.trace.mask_of("window_mask", [held], shape, length, window_size or self.max_size)
         if self.max_size is not None:
             if window_size is not None and window_size < self.max_size:
                 raise CaptureError(f"a window of {window_size} in a cache for {self.max_size} tokens")
             window_size = None  # the buffer holds no more
-        how = {"length": length, "window": window_size}
-        return self.trace.mark("causal_mask", [held, self._first], (length, self.kind.size), mx.bool_, **how)
+        shape = (length, self.kind.size)
+        return self.trace.mask_of("causal_mask", [held, self._first], shape, length, window_size)

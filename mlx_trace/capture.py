@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqc.mlx_trace.grouped import fuse_grouped_attention
 from tqc.mlx_trace.layouts import check
 from tqc.mlx_trace.lengths import check_lengths
 from tqc.mlx_trace.markers import Trace, place, read_marker
+from tqc.mlx_trace.packed_kind import Growing
 from tqc.mlx_trace.primitives import translate
 from tqc.ops.effects import written
 from tqc.torch_private import MODULE_STACK
@@ -42,14 +43,17 @@ class Captured:
     kinds: list[Kind]
 
 
-def capture(model: nn.Module, caches: list[Any], batch: int, length: int) -> Captured:
+def capture(model: nn.Module, caches: list[Any], batch: int, length: int, growing: Collection[int] = ()) -> Captured:
     """The program of `model(tokens, cache=caches)` for tokens [batch, length]; neither is changed.
+
+    Args:
+        growing: which caches, by their number, are packed or shall be.
 
     Raises:
         CaptureError: for what cannot be captured, with the reason.
     """
     check()
-    kinds = [kind_of(cache, length) for cache in leaves(caches)]
+    kinds = [Growing(cache) if at in growing else kind_of(cache, length) for at, cache in enumerate(leaves(caches))]
     _learn(model, caches, kinds, batch, length)
     groups = list(dict.fromkeys(kind.signature for kind in kinds))
     for kind in kinds:

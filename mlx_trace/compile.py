@@ -3,72 +3,40 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from tqc import report
 from tqc.config import Config
 from tqc.mlx_trace.caches import leaves
-from tqc.mlx_trace.capture import Captured, capture
-from tqc.mlx_trace.execute import Executor, Unsupported
+from tqc.mlx_trace.capture import capture
+from tqc.mlx_trace.execute import Unsupported
 from tqc.mlx_trace.graph import CaptureError
+from tqc.mlx_trace.pack import Choice, choose, pack
+from tqc.mlx_trace.packed_cache import adopt
+from tqc.mlx_trace.program import Program
 
 log = logging.getLogger(__name__)
 
 # Lengths that programs are made for: a prompt is cut into these, the longest first.
-LENGTHS = (512, 64, 8, 1)
-
-
-class Program:
-    """A captured program, callable as its model is."""
-
-    def __init__(self, captured: Captured) -> None:
-        self.kinds = captured.kinds
-        self.executor = Executor(captured.gm, captured.weights)
-        self.compiled: dict[Any, Any] = {}
-        signatures = [kind.signature for kind in self.kinds]
-        self.rounds = [
-            at for at, kind in enumerate(self.kinds) if kind.goes_round and kind.signature not in signatures[:at]
-        ]
-
-    def __call__(self, tokens: mx.array, caches: list[Any]) -> mx.array:
-        """Logits of tokens [batch, length] behind those in the caches, which get the new ones."""
-        held, length = list(leaves(caches)), tokens.shape[1]
-        offset = common_offset(held)
-        arrays = [array for kind, cache in zip(self.kinds, held, strict=True) for array in kind.prepare(cache, length)]
-        indices = [mx.array(held[at]._idx) for at in self.rounds]
-        # A compiled function keeps the stream that it was traced on, which belongs to a thread.
-        place = (threading.get_ident(), str(mx.default_stream(mx.default_device())))
-        if place not in self.compiled:
-            self.compiled[place] = mx.compile(self.executor)
-        logits, *made = self.compiled[place](tokens.astype(mx.int32), mx.array(offset), *indices, *arrays)
-        given = iter(made)
-        for kind, cache in zip(self.kinds, held, strict=True):
-            kind.store(cache, [next(given) for _ in range(kind.results)], length)
-        return logits
-
-
-def common_offset(caches: list[Any]) -> int:
-    """How many tokens the caches have seen.
-
-    Raises:
-        CaptureError: if that is not the same number for all of them.
-    """
-    offsets = {cache.offset for cache in caches if isinstance(getattr(cache, "offset", None), int)}
-    if len(offsets) > 1:
-        raise CaptureError(f"the caches have seen different numbers of tokens: {sorted(offsets)}")
-    return offsets.pop() if offsets else 0
+PROVIDERS = ("auto", "reference")
+LENGTHS = (2048, 512, 64, 8, 1)
 
 
 class Programs:
-    """The programs of one model, made when a call first needs them."""
+    """The programs of one model, made when a call first needs them.
+
+    Attributes:
+        choice: which caches are packed; None before the first call.
+    """
 
     def __init__(self, model: nn.Module, config: Config, strict: bool) -> None:
         self.original: Any = type(model)
         self.config, self.strict = config, strict
+        self.choice = Choice() if config.off else None
         self.programs: dict[Any, Program] = {}
         self.refused: dict[Any, str] = {}
 
@@ -77,35 +45,57 @@ class Programs:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
     def _part(self, model: nn.Module, tokens: mx.array, caches: list[Any]) -> mx.array:
+        if len(caches) != len(model.layers):
+            raise ValueError(f"cache must have one entry a layer: got {len(caches)} caches for a model that has "
+                             f"{len(model.layers)} layers")  # fmt: skip
         batch, length = tokens.shape
-        key = (batch, length, *((type(cache), _state(cache)) for cache in leaves(caches)))
+        key = (batch, length, *map(_state, leaves(caches)))
         if key not in self.programs and key not in self.refused:
             try:
-                self.programs[key] = Program(capture(self._plain(model), caches, batch, length))
+                self.programs[key] = self._made(plain_model(model), caches, batch, length)
             except (CaptureError, Unsupported) as error:
                 if self.strict:
                     raise
                 self.refused[key] = str(error)
                 if len(self.refused) == 1:
                     log.warning("%s is not compiled and runs as it is: %s", self.original.__name__, error)
-        if key in self.programs:
-            return self.programs[key](tokens, caches)
-        return self.original.__call__(model, tokens, cache=caches)
+        if key in self.refused:
+            return self.original.__call__(model, tokens, cache=caches)
+        if self.choice and self.choice.formats:
+            for at, cache in enumerate(leaves(caches)):
+                if at in self.choice.formats:
+                    adopt(cache, self.choice.formats[at])
+        return self.programs[key](tokens, caches)
 
-    def _plain(self, model: nn.Module) -> nn.Module:
-        """The model as it was, of the same parts."""
-        plain = self.original.__new__(self.original)
-        dict.update(plain, model)
-        vars(plain).update(vars(model))
-        return plain
+    def _made(self, model: nn.Module, caches: list[Any], batch: int, length: int) -> Program:
+        if self.choice is None:
+            # On caches of its own, for those that are given may be of another model.
+            self.choice = choose(model, caches, batch, length, self.config)
+        captured = capture(model, caches, batch, length, self.choice.formats)
+        if not self.config.off:
+            plan = pack(captured, self.choice, self.config, report.wants_texts())
+            report.record(plan)
+            report.warn_if_dense(plan)
+        return Program(captured)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model as it was before it was compiled, of the same parts; itself if it was not."""
+    programs = getattr(type(model), "tqc_programs", None)
+    if programs is None:
+        return model
+    plain = programs.original.__new__(programs.original)
+    dict.update(plain, model)
+    vars(plain).update(vars(model))
+    return plain
 
 
 def _state(cache: Any) -> Any:
-    """What of a cache's state makes another program."""
+    """What of a cache, packed or not, makes another program."""
     if hasattr(cache, "max_size"):
-        return cache.max_size, getattr(cache, "keep", None)
-    held = getattr(cache, "cache", None)
-    return None if held is None else tuple(None if array is None else tuple(array.shape) for array in held)
+        return type(cache).__name__, cache.max_size, getattr(cache, "keep", None)
+    held = getattr(cache, "cache", None) or []
+    return type(cache).__name__, tuple(None if array is None else tuple(array.shape) for array in held)
 
 
 def _cut(tokens: mx.array) -> Iterator[mx.array]:
@@ -121,7 +111,8 @@ def compile_mlx(model: nn.Module, strict: bool = False, **options: Any) -> nn.Mo
 
     Args:
         strict: whether a model that cannot be captured is an error; else it runs as it is, with a warning.
-        options: the fields of `Config`, as those of the torch backend; only `preset="off"` is there yet.
+        options: the fields of `Config`, as those of the torch backend; what is torch's own (`rest`, `cuda_graphs`,
+            `fold_values`, a provider of torch's) is an error.
 
     Returns:
         The model itself. A call without caches, or with more than tokens and caches, runs as before.
@@ -133,8 +124,7 @@ def compile_mlx(model: nn.Module, strict: bool = False, **options: Any) -> nn.Mo
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an mlx.nn.Module, got {type(model).__name__}")
     config = Config.from_options(options)
-    if not config.off:
-        raise ValueError("caches of MLX cannot be compressed yet: give preset='off'")
+    _check(config)
     decompile_mlx(model)
     programs = Programs(model, config, strict)
 
@@ -146,6 +136,15 @@ def compile_mlx(model: nn.Module, strict: bool = False, **options: Any) -> nn.Mo
     names = {"__call__": call, "__module__": programs.original.__module__, "tqc_programs": programs}
     model.__class__ = type(programs.original.__name__, (programs.original,), names)
     return model
+
+
+def _check(config: Config) -> None:
+    """Raises ValueError for an option that means nothing here."""
+    if config.provider not in PROVIDERS:
+        raise ValueError(f"provider must be one of {', '.join(PROVIDERS)} for MLX; got {config.provider!r}")
+    for name in ("fold_values", "cuda_graphs"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is an option of the torch backend alone; got True")
 
 
 def decompile_mlx(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tqc.mlx_trace.arrays import array_of
+from tqc.mlx_trace.realize import Call
 from tqc.mlx_trace.table import FUNCTIONS, METHODS
 
 
@@ -50,7 +51,9 @@ class Executor:
                 self.result = node.args[0]
             else:
                 table: dict[Any, Callable[..., Any]] = METHODS if node.op == "call_method" else FUNCTIONS
-                if node.target not in table:
+                if isinstance(node.target, Call):
+                    self.steps.append((node, node.target))
+                elif node.target not in table:
                     lacking.add(str(node.target if isinstance(node.target, str) else _name(node.target)))
                 else:
                     self.steps.append((node, table[node.target]))

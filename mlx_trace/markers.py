@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
@@ -34,10 +35,12 @@ class Trace:
         modules: paths of the modules that are being called, the innermost last.
         masks: by the number of keys of a cache, what makes the mask of so many queries: for attention that asks for
             none because its keys would end with the newest token.
+        made: masks that caches have made, by identity, each with its window.
     """
 
     modules: list[str] = field(default_factory=list)
-    masks: dict[int, Callable[[int], mx.array]] = field(default_factory=dict)
+    masks: dict[int, Callable[..., mx.array]] = field(default_factory=dict)
+    made: dict[int, tuple[mx.array, int | None]] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)
 
     def mark(self, function: str, inputs: list[mx.array], shape: Any, dtype: mx.Dtype, **arguments: Any) -> mx.array:
@@ -47,6 +50,12 @@ class Trace:
         kernel = mx.fast.metal_kernel(f"tqc_{function}", names, ["made"], f"{_SIGN}{json.dumps(said)}\n")
         how: Any = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1)}
         return kernel(inputs=inputs, output_shapes=[tuple(shape)], output_dtypes=[dtype], **how)[0]
+
+    def mask_of(self, function: str, inputs: list[mx.array], shape: Any, length: int, window: int | None) -> mx.array:
+        """The mask that a cache makes for `length` queries."""
+        mask = self.mark(function, inputs, shape, mx.bool_, length=length, window=window)
+        self.made[id(mask)] = mask, window
+        return mask
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[None]:
@@ -82,6 +91,9 @@ class Trace:
         causal = mask == "causal" if isinstance(mask, str) else False
         if mask is None or causal:
             mask = self.masks[columns](length) if columns in self.masks else None
+        elif id(mask) in self.made and mask.shape[-1] != columns and columns in self.masks:
+            # Made by the cache of another layer, which holds its tokens in another way.
+            mask = self.masks[columns](length, window_size=self.made[id(mask)][1])
         if causal and mask is None and length != columns:
             mask = mx.arange(columns) <= mx.arange(columns - length, columns)[:, None]
         inputs = [q, k, v, *(held for held in (mask, sinks) if held is not None)]
@@ -198,6 +210,17 @@ def _place_window_append(graph: Graph, p: Primitive, inputs: Iterator[Node]) -> 
     return node
 
 
+def _place_grown(graph: Graph, p: Primitive, inputs: Iterator[Node]) -> Node:
+    node = graph.call(torch.cat, list(inputs), -2, like=p.output)
+    graph.capacities.setdefault(p.shape[2], node)
+    return node
+
+
+def _place_last_tokens(graph: Graph, p: Primitive, inputs: Iterator[Node], keep: int) -> Node:
+    every = slice(None)
+    return graph.call(operator.getitem, next(inputs), (every, every, slice(-keep, None)), like=p.output)
+
+
 _PLACE: dict[str, Callable[..., Node]] = {
     "attention": _place_attention,
     "rope": _place_rope,
@@ -208,4 +231,6 @@ _PLACE: dict[str, Callable[..., Node]] = {
     "window_mask": _place_window_mask,
     "ring_write": _place_ring_write,
     "window_append": _place_window_append,
+    "grown": _place_grown,
+    "last_tokens": _place_last_tokens,
 }

@@ -42,7 +42,7 @@ def _attention(
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask, sinks=sinks)
 
 
-def _dense_op(
+def dense_attention(
     query: mx.array,
     key: mx.array,
     value: mx.array,
@@ -291,7 +291,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     getattr: _attribute,
     operator.getitem: _getitem,
     operator.setitem: _setitem,
-    ops.attention: _dense_op,
+    ops.attention: dense_attention,
     torch.all: _reduction(mx.all),
     torch.amax: _reduction(mx.max),
     torch.amin: _reduction(mx.min),

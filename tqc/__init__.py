@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tqc.cache.io import cache_bytes, load_cache, save_cache
     from tqc.cache.packed_tensor import PackedTensor
+    from tqc.caches import cache_bytes, load_cache, save_cache
     from tqc.config import PRESETS, Config
     from tqc.explainer import explain
     from tqc.mlx_trace.compile import compile_mlx, decompile_mlx
@@ -33,11 +33,11 @@ _HOME = {
     "PRESETS": "config",
     "Config": "config",
     "PackedTensor": "cache.packed_tensor",
-    "cache_bytes": "cache.io",
+    "cache_bytes": "caches",
     "compile_mlx": "mlx_trace.compile",
     "decompile_mlx": "mlx_trace.compile",
-    "load_cache": "cache.io",
-    "save_cache": "cache.io",
+    "load_cache": "caches",
+    "save_cache": "caches",
     "explain": "explainer",
 }
 

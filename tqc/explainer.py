@@ -13,13 +13,12 @@ from tqc.backend import tqai
 from tqc.cache.io import cache_bytes
 from tqc.inner_models import Calls, generate_of
 from tqc.optimized_module import options_of
-from tqc.passes.plan import FUSE, READ, UNCACHED
 from tqc.report import Explanation, collect
 from tqc.torch_private import missing, pytree
 
 
 def explain(
-    model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **inputs: Any
+    model: Any, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **inputs: Any
 ) -> Explanation:
     """Compile `model` as the backend would, run it on `inputs`, and say what was found, what was not, and why.
 
@@ -27,9 +26,12 @@ def explain(
     once. Nothing but attention and the cache is compiled, and the model stays as it was.
 
     Args:
+        model: a module of torch; or one of mlx-lm, whose one input is tokens, [n] or [batch, n].
         options: of the backend; those that the model was compiled with if it was, else the defaults.
         graphs: whether the graphs shall be shown as text, before the passes and behind each that changed them.
     """
+    if not isinstance(model, torch.nn.Module):
+        return _explain_mlx(model, *args, options=options, graphs=graphs, **inputs)
     inner: Any = getattr(model, "_orig_mod", model)
     settings = {**(options if options is not None else options_of(model) or {}), "rest": "eager"}
     # A backend of its own, since dynamo would reuse what it compiled for equal options, and nothing would be seen.
@@ -61,16 +63,16 @@ def explain(
         explanation.tokens = sum(int(half.get_seq_length()) for half in halves)
         explanation.cache_bytes = cache_bytes(cache)
         explanation.dense_bytes = sum(map(_dense_bytes, halves))
-    if any(plan.unread for plan in plans):
-        explanation.notes.append("a cache is written, but no attention was found that reads it")
-    actions = {site["action"] for sites in explanation.graphs for site in sites}
-    if not actions:
-        explanation.notes.append("no attention was found")
-    elif actions == {UNCACHED}:
-        explanation.notes.append("no attention has a cache, so there is nothing to pack")
-    elif not actions & {FUSE, READ}:
-        explanation.notes.append("no attention reads a packed cache")
+    explanation.note_actions(any(plan.unread for plan in plans))
     return explanation
+
+
+def _explain_mlx(model: Any, *args: Any, **how: Any) -> Explanation:
+    if not any(cls.__module__.startswith("mlx.nn") for cls in type(model).__mro__):
+        raise TypeError(f"model must be a torch.nn.Module or an mlx.nn.Module, got {type(model).__name__}")
+    from tqc.mlx_trace.explain import explain as explain_mlx
+
+    return explain_mlx(model, *args, **how)
 
 
 def _whom_generate_called(calls: Calls) -> list[str]:

@@ -77,6 +77,22 @@ class Explanation:
     notes: list[str] = field(default_factory=list)
     texts: list[dict[str, str]] = field(default_factory=list)
 
+    def note_actions(self, unread: bool) -> None:
+        """Say it where no graph reads a packed cache, and why.
+
+        Args:
+            unread: whether a graph writes a cache that no attention reads.
+        """
+        if unread:
+            self.notes.append("a cache is written, but no attention was found that reads it")
+        actions = {site["action"] for sites in self.graphs for site in sites}
+        if not actions:
+            self.notes.append("no attention was found")
+        elif actions == {UNCACHED}:
+            self.notes.append("no attention has a cache, so there is nothing to pack")
+        elif not actions & {FUSE, READ}:
+            self.notes.append("no attention reads a packed cache")
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "graphs": self.graphs,

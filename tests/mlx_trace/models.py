@@ -53,3 +53,14 @@ def build(name: str, **changes: Any) -> nn.Module:
 def tokens(*shape: int) -> mx.array:
     mx.random.seed(1)
     return mx.random.randint(0, 100, shape)
+
+
+def tokenizer() -> Any:
+    """A tokenizer that has a word for each token, for mlx-lm's functions that want one."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(100)}, "w0"))
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w99"))

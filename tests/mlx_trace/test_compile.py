@@ -67,5 +67,3 @@ def test_bad_input() -> None:
         compile_mlx("llama")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown option 'bits'"):
         compile_mlx(build("llama"), bits=3)
-    with pytest.raises(ValueError, match="preset='off'"):
-        compile_mlx(build("llama"), bits_k=4)

@@ -1,0 +1,136 @@
+"""A captured program as a function of tokens and mlx-lm's caches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from tqc.format import PackedFormat
+from tqc.mlx_trace.caches import leaves
+from tqc.mlx_trace.capture import Captured
+from tqc.mlx_trace.execute import Executor
+from tqc.mlx_trace.graph import CaptureError
+from tqc.mlx_trace.packed import Packed, Step, settle
+
+
+class Program:
+    """A captured program, callable as its model is.
+
+    Args:
+        captured: its graph as it was captured, or rewritten and realized.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self.kinds = captured.kinds
+        self.executor = Executor(captured.gm, captured.weights)
+        self.compiled: dict[Any, Any] = {}
+        signatures = [kind.signature for kind in self.kinds]
+        self.rounds = [
+            at for at, kind in enumerate(self.kinds) if kind.goes_round and kind.signature not in signatures[:at]
+        ]
+
+    def __call__(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """Logits of tokens [batch, length] behind those in the caches, which get the new ones."""
+        held, length = list(leaves(caches)), tokens.shape[1]
+        offset = common_offset(held)
+        prepared = [kind.prepare(cache, length) for kind, cache in zip(self.kinds, held, strict=True)]
+        layout = Layout([], [])
+        for parts, cache in zip(prepared, held, strict=True):
+            layout.add(parts, cache, length)
+        inputs = [tokens.astype(mx.int32), mx.array(offset), *(mx.array(held[at]._idx) for at in self.rounds)]
+        arrays = [array for parts in prepared for part in parts for array in _arrays_of(part)]
+        logits, *made = self._compiled(layout)(inputs, [step.arrays for step in layout.steps], arrays)
+        results = iter(made)
+        for kind, cache, parts in zip(self.kinds, held, prepared, strict=True):
+            if any(isinstance(part, Packed) for part in parts):
+                kind.store(cache, [layout.became(part, cache, results) for part in parts], length)
+            else:
+                kind.store(cache, [next(results) for _ in range(kind.results)], length)
+        return logits
+
+    def _compiled(self, layout: Layout) -> Any:
+        # A compiled function keeps the stream that it was traced on, which belongs to a thread.
+        key = (threading.get_ident(), str(mx.default_stream(mx.default_device())), layout.key)
+        if key not in self.compiled:
+            parts, flags = list(layout.parts), [(step.begun, step.opens) for step in layout.steps]
+
+            def run(inputs: list[mx.array], steps: list[list[mx.array]], arrays: list[mx.array]) -> list[mx.array]:
+                taken = Layout(parts, [Step(*flag, *step) for flag, step in zip(flags, steps, strict=True)])
+                logits, *made = self.executor(*inputs, *taken.operands(iter(arrays)))
+                return [logits, *(array for part in made for array in _made_by(part))]
+
+            self.compiled[key] = mx.compile(run)
+        return self.compiled[key]
+
+
+@dataclass
+class Layout:
+    """What the flat arrays of a call are.
+
+    Attributes:
+        parts: for each operand, None for an array, or the format of a packed one and the number of its step.
+        steps: shared by caches whose tokens lie alike.
+    """
+
+    parts: list[tuple[PackedFormat, int] | None]
+    steps: list[Step]
+
+    def __post_init__(self) -> None:
+        self._known: dict[Any, int] = {}
+
+    @property
+    def key(self) -> Any:
+        """What a program is compiled for, beside the shapes."""
+        return tuple(self.parts), tuple((step.begun, step.opens) for step in self.steps)
+
+    def add(self, prepared: list[Any], cache: Any, count: int) -> None:
+        for part in prepared:
+            if not isinstance(part, Packed):
+                self.parts.append(None)
+                continue
+            where = (cache.placement, part.num_pages)
+            if where not in self._known:
+                self._known[where] = len(self.steps)
+                self.steps.append(Step.at(cache.placement, count, part.num_pages))
+            self.parts.append((part.fmt, self._known[where]))
+
+    def operands(self, arrays: Iterator[mx.array]) -> Iterator[Any]:
+        for part in self.parts:
+            if part is None:
+                yield next(arrays)
+            else:
+                fmt, step = part
+                yield Packed(fmt, next(arrays), next(arrays), self.steps[step])
+
+    def became(self, part: Packed, cache: Any, made: Iterator[mx.array]) -> Packed:
+        """A packed operand of the caller's, once a program has run."""
+        step = self.steps[self._known[cache.placement, part.num_pages]]
+        dense, fresh = next(made), next(made) if step.packs.shape[0] else None
+        opening = (next(made), next(made)) if step.opens and part.fmt.centred else ()
+        return settle(replace(part, dense=dense, fresh=fresh, opening=opening), step)
+
+
+def _arrays_of(part: Any) -> list[mx.array]:
+    return [part.pages, part.dense] if isinstance(part, Packed) else [part]
+
+
+def _made_by(part: Any) -> list[mx.array]:
+    if not isinstance(part, Packed):
+        return [part]
+    return [part.dense, *([] if part.fresh is None else [part.fresh]), *part.opening]
+
+
+def common_offset(caches: list[Any]) -> int:
+    """How many tokens the caches have seen.
+
+    Raises:
+        CaptureError: if that is not the same number for all of them.
+    """
+    offsets = {cache.offset for cache in caches if isinstance(getattr(cache, "offset", None), int)}
+    if len(offsets) > 1:
+        raise CaptureError(f"the caches have seen different numbers of tokens: {sorted(offsets)}")
+    return offsets.pop() if offsets else 0
