@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plugins` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -73,6 +73,13 @@ Widths = Annotated[
 BudgetBits = Annotated[
     float | None, typer.Option(help="With --widths: choose anew, within so many code bits of an element.")
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="What becomes of tokens that leave the window: evict or tiered; else all are kept alike."),
+]
+Scorer = Annotated[str | None, typer.Option(help="With --strategy: which tokens stay (see `tqc plugins`).")]
+Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the share of tokens that stays.")]
+SkipLayers = Annotated[str | None, typer.Option(metavar="N,N", help="Layers whose cache stays dense, as 0,1,-1.")]
 MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -110,13 +117,20 @@ def run(
     residual_window: ResidualWindow = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
-    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    options = given_options(
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
+        *(strategy, scorer, keep, skip_layers),
+    )
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
     with _status("loading the model") as status:
@@ -154,12 +168,19 @@ def compare(
     residual_window: ResidualWindow = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
-    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    options = given_options(
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
+        *(strategy, scorer, keep, skip_layers),
+    )
     with _status("loading the model") as status:
         loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compare as compare_runs
@@ -183,6 +204,10 @@ def explain(
     model: Model = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     dtype: Dtype = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
@@ -190,7 +215,9 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
-    options = given_options(widths=widths, budget_bits=budget_bits)
+    options = given_options(
+        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+    )
     with _status("loading the model") as status:
         loaded, _, inputs = load_with_prompt(model, dtype, prompt)
         import tqc
@@ -217,6 +244,10 @@ def evaluate(
     ] = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
     numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
@@ -234,7 +265,9 @@ def evaluate(
     from tqc.evaluate.evaluation import evaluate as run_evaluation
     from tqc.evaluate.evaluation import parse_setting
 
-    calibrated = given_options(widths=widths, budget_bits=budget_bits)
+    calibrated = given_options(
+        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+    )
     compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
         for setting in compared:
@@ -325,6 +358,20 @@ def calibrate(
         raise BadInput(f"--out {out!r} cannot be written: {error.strerror}") from None
     if as_json:
         print(json.dumps(to_dict(found)))
+    else:
+        from rich import print as rich_print
+
+        rich_print(table(found))
+
+
+@app.command("plugins")
+def list_plugins(as_json: Json = False) -> None:
+    """The plugins there are: kind, name, paper, parameters."""
+    from tqc.cli.plugins import described, table
+
+    found = described()
+    if as_json:
+        print(json.dumps({"plugins": found}))
     else:
         from rich import print as rich_print
 
