@@ -39,11 +39,13 @@ ALLOWED: dict[str, set[str]] = {
         *("passes", "cache", "report", "backend"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
-    "export": {"format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
+    "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
     "tqc": {"config", "cache", "explainer", "export", "mlx_trace"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "widths", "cache"},
-    "cli": {"tqc", "config", "widths", "lowering", "evaluate", "models", "cache_folder", "torch_private"},
+    "cli": {
+        *("tqc", "config", "widths", "lowering", "evaluate", "export", "models", "cache_folder", "torch_private"),
+    },
     "__main__": {"cli"},
 }
 

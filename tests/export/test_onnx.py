@@ -13,15 +13,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import DynamicCache
 
 from tests.models.common import FAMILIES, prompt
 from tqc.export.capture import ExportError
+from tqc.export.check import compare
 from tqc.export.generator import OnnxGenerator
 from tqc.export.metadata import METADATA, ModelFileError
 from tqc.export.onnx import export_onnx
 from tqc.export.sampling import Sampling
-from tqc.lowering.onnx.layout import to_planes
 
 # Small enough that windows of 60 tokens are packed too.
 OPTIONS = {"residual_window": 32}
@@ -37,67 +36,35 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(build("llama"), tmp_path_factory.mktemp("onnx") / "llama", max_cache_len=160, **OPTIONS)
 
 
-def compare(model: Any, generator: OnnxGenerator, options: dict[str, Any], compressed: bool = True) -> Any:
-    """Run prompts of two lengths and single tokens behind them through both; returns torch's cache."""
-    ids = prompt(2, PROMPT + STEPS)
-    mask = torch.ones(2, PROMPT + STEPS, dtype=torch.int64)
+def assert_same(model: Any, folder: Path, options: dict[str, Any] | None) -> None:
+    ids, mask = prompt(2, PROMPT + STEPS), torch.ones(2, PROMPT + STEPS, dtype=torch.int64)
     mask[0, :5] = 0
-    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     torch._dynamo.reset()
-    options = {"rest": "eager", "provider": "reference", **options}
-    call = torch.compile(model, backend="tqai", options=options) if compressed else model
-    cache = DynamicCache(config=model.config)
-    generator.reset(2)
-    for begin, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + STEPS))]:
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-        with torch.no_grad():
-            wanted = call(ids[:, begin:end], past_key_values=cache, use_cache=True, **given).logits
-        keep = range(end - begin)
-        made = generator.step(ids[:, begin:end].numpy(), mask[:, begin:end].numpy(), keep)
-        real = mask[:, begin:end].bool()
-        difference = (torch.from_numpy(made) - wanted)[real].abs().max().item()
-        assert difference <= 2e-4, f"logits at {begin} are off by {difference}"
-        assert np.array_equal(made[:, -1].argmax(-1), wanted[:, -1].argmax(-1).numpy())
-    return cache
-
-
-def assert_same_planes(generator: OnnxGenerator, cache: Any) -> int:
-    """Codes and scales of packed caches to the byte; returns how many caches are packed."""
-    held = generator.cache
-    for packed in generator.metadata["packed"]:
-        layer, part = packed["name"].split(".")
-        tensor = getattr(cache.layers[int(layer)], f"{part}s")
-        assert packed["spec"] == tensor.fmt.spec and held[packed["state"]].tolist() == tensor.state.tolist()
-        pages, _ = to_planes({name: held[f"{packed['name']}.{name}"] for name in packed["parts"]}, tensor.fmt)
-        count = min(pages.shape[2], tensor.pages.shape[2])
-        assert count and int(tensor.state[1])
-        ours, theirs = pages[:, :, :count], tensor.pages[:, :, :count].numpy()
-        begin = tensor.fmt.planes[0][2]
-        assert np.array_equal(ours[..., 16:48], theirs[..., 16:48]), packed["name"]
-        assert np.array_equal(ours[..., begin:], theirs[..., begin:]), packed["name"]
-    return len(generator.metadata["packed"])
+    found = compare(model, folder, options, ids, PROMPT, mask)
+    assert max(found.prefill, found.decode) <= 2e-4 and found.same_tokens == found.steps == 1 + STEPS, found
+    assert found.codes == 0 and bool(found.code_bytes) == (options is not None), found
 
 
 def test_llama_as_torch_has_it(llama: Path) -> None:
-    generator = OnnxGenerator(llama)
-    assert assert_same_planes(generator, compare(build("llama"), generator, OPTIONS)) == 4
+    assert len(OnnxGenerator(llama).metadata["packed"]) == 4
+    assert_same(build("llama"), llama, OPTIONS)
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "mistral"])
 def test_families_as_torch_has_them(name: str, tmp_path: Path) -> None:
-    generator = OnnxGenerator(export_onnx(build(name), tmp_path / name, max_cache_len=160, **OPTIONS))
-    packed = assert_same_planes(generator, compare(build(name), generator, OPTIONS))
-    assert packed == 2 * FAMILIES[name].packed
+    folder = export_onnx(build(name), tmp_path / name, max_cache_len=160, **OPTIONS)
+    assert len(OnnxGenerator(folder).metadata["packed"]) == 2 * FAMILIES[name].packed
+    assert_same(build(name), folder, OPTIONS)
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_dense_by_the_same_road(name: str, tmp_path: Path) -> None:
     """Whole caches, and windows that cut themselves."""
-    generator = OnnxGenerator(export_onnx(build(name), tmp_path / name, max_cache_len=160, compress=False))
-    assert not generator.metadata["packed"]
-    compare(build(name), generator, {}, compressed=False)
+    folder = export_onnx(build(name), tmp_path / name, max_cache_len=160, compress=False)
+    assert not OnnxGenerator(folder).metadata["packed"]
+    assert_same(build(name), folder, None)
 
 
 def test_the_file_is_valid_and_says_what_it_is(llama: Path) -> None:

@@ -29,9 +29,8 @@ class OnnxGenerator:
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        for package in ("onnxruntime",):
-            if importlib.util.find_spec(package) is None:
-                raise ModelFileError(f"{package} is not installed: pip install 'tqai-compiler[onnx]'")
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise ModelFileError("onnxruntime is not installed: pip install 'tqai-compiler[onnx]'")
         import onnxruntime
 
         self.path = Path(path)
@@ -207,6 +206,13 @@ class OnnxGenerator:
         """Tokens of a text as it stands."""
         return self._tokenizer().encode(text).ids
 
+    def chat(self, text: str) -> list[int]:
+        """Tokens of a text as a user's turn, where the model has a chat template; else as it stands."""
+        around = self.metadata.get("chat")
+        if not around:
+            return self.encode(text)
+        return self._tokenizer().encode(around[0] + text + around[1], add_special_tokens=False).ids
+
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer().decode(list(tokens), skip_special_tokens=True)
 
@@ -220,4 +226,6 @@ class OnnxGenerator:
             raise ModelFileError(f"{str(self.path)!r} has no tokenizer: give tokens instead of text")
         if not hasattr(self, "_loaded"):
             self._loaded = Tokenizer.from_file(str(file))
+            self._loaded.no_padding()
+            self._loaded.no_truncation()
         return self._loaded

@@ -35,6 +35,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
+    name: str | None = None,
     max_cache_len: int = 4096,
     opset: int = OPSET,
     inline: bool = False,
@@ -58,6 +59,7 @@ def export_onnx(
         model: in eval mode, on the CPU.
         path: of a folder that is empty or does not exist; it appears when all is written: model.onnx, its weights in
             model.onnx.data, the configuration and, if given, the tokenizer.
+        name: of the model, for the file's metadata; its path or its class if None.
         max_cache_len: most tokens that a sequence may have.
         opset: of the graph, at least 24.
         inline: write the dialect's functions out where they are called.
@@ -92,7 +94,9 @@ def export_onnx(
     exported = _convert(step, captured, opset)
     say("writing")
     with _beside(folder) as unfinished:
-        _save(exported, step, unfinished, inline, _metadata(model, step, captured, max_cache_len))
+        _save(
+            exported, step, unfinished, inline, _metadata(model, name, step, captured, max_cache_len) | _chat(tokenizer)
+        )
         model.config.save_pretrained(unfinished)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(unfinished)
@@ -215,7 +219,7 @@ def _save(exported: Any, step: Any, folder: Path, inline: bool, metadata: dict[s
         onnx_ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
 
 
-def _metadata(model: Any, step: Any, captured: Captured, max_cache_len: int) -> dict[str, Any]:
+def _metadata(model: Any, name: str | None, step: Any, captured: Captured, max_cache_len: int) -> dict[str, Any]:
     """What a reader must know: versions, caches and their tensors."""
     from tqc.lowering.onnx.builder import DOMAIN_VERSION
 
@@ -231,11 +235,11 @@ def _metadata(model: Any, step: Any, captured: Captured, max_cache_len: int) -> 
         for cache in realized.caches
     ]
     dense = []
-    for name, (node, role) in step.dense.items():
+    for full, (node, role) in step.dense.items():
         held = captured.held[node]
         dense.append(
             {
-                "name": name.removeprefix("past."),
+                "name": full.removeprefix("past."),
                 "dtype": _name(held.dtype),
                 "heads": held.shape[1],
                 "head_dim": held.shape[3],
@@ -247,7 +251,7 @@ def _metadata(model: Any, step: Any, captured: Captured, max_cache_len: int) -> 
         "domain_version": DOMAIN_VERSION,
         "tqc_version": _version(),
         "torch_version": torch.__version__,
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "model": name or getattr(model, "name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
         "dtype": _name(model.dtype),
         "eos_token_id": getattr(getattr(model, "generation_config", None), "eos_token_id", None),
@@ -256,6 +260,17 @@ def _metadata(model: Any, step: Any, captured: Captured, max_cache_len: int) -> 
         "dense": dense,
         "states": list(realized.states),
     }
+
+
+def _chat(tokenizer: Any) -> dict[str, Any]:
+    """What a chat template puts around a user's turn, for those who have no template engine."""
+    if not getattr(tokenizer, "chat_template", None):
+        return {}
+    mark = "\ufffcTURN\ufffc"
+    turns = [{"role": "user", "content": mark}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    before, found, after = text.partition(mark)
+    return {"chat": [before, after]} if found else {}
 
 
 def _version() -> str:
