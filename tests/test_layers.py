@@ -42,10 +42,14 @@ ALLOWED: dict[str, set[str]] = {
         *("passes", "cache", "report", "backend", "mlx_trace"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
-    "tqc": {"config", "cache", "caches", "explainer", "mlx_trace"},
+    "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
+    "tqc": {"config", "cache", "caches", "explainer", "export", "mlx_trace"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "widths", "cache"},
-    "cli": {"tqc", "config", "plugins", "widths", "lowering", "evaluate", "models", "cache_folder", "torch_private"},
+    "cli": {
+        *("tqc", "config", "plugins", "widths", "lowering", "evaluate", "export", "models"),
+        *("cache_folder", "torch_private"),
+    },
     "__main__": {"cli"},
 }
 
@@ -56,6 +60,7 @@ PRIVATE_ALLOWED = {
     ("tqc.cache.file", "torch._dynamo.mark_static_address"): "documented by torch; loads what transformers marks so",
     ("tqc.evaluate.evaluation", "torch._dynamo.config.patch"): "a documented setting: how often a model may recompile",
     ("tqc.explainer", "torch._dynamo.config.patch"): "a documented setting: how often a model may recompile",
+    ("tqc.export.capture", "torch._dynamo.config.patch"): "a documented setting: whether numbers become symbols",
     ("tqc.ops.text", "torch._ops.OpOverload"): "the type of what torch.ops holds, which is public but for its name",
     ("tqc.ops.text", "torch._ops.OpOverloadPacket"): "the same",
 }

@@ -70,6 +70,7 @@ from tqc.torch_private.tensors import (
 )
 from tqc.torch_private.transformers import (
     LAYER_COUNTERS,
+    attends_eagerly,
     cache_grows,
     fill_layer,
     layer_counters,
@@ -92,6 +93,7 @@ __all__ = [
     "TENSOR_DICT",
     "THREADS",
     "arguments_of",
+    "attends_eagerly",
     "backend_of",
     "cache_grows",
     "call_of",

@@ -64,3 +64,9 @@ def fill_layer(layer: Any, keys: Tensor, values: Tensor) -> None:
     else:
         layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
+
+
+def attends_eagerly(config: Any) -> bool:
+    """Whether a model adds its masks to the scores instead of giving them to `scaled_dot_product_attention`. What
+    `set_attn_implementation` sets has no public name."""
+    return config._attn_implementation == "eager"
