@@ -220,7 +220,8 @@ class _Realizer:
             self.readers.setdefault(cache, []).append(out)
 
     def extend(self, node: Node) -> None:
-        cache, new, query = ops.extend.arguments(node).values()
+        a = ops.extend.arguments(node)
+        cache, new, query = a["cache"], a["new"], a["query"]
         fmt, balanced = example(cache).fmt, query is not None and example(cache).fmt.centred
         name = f"extend_{_text(fmt)}" + ("_balanced" if balanced else "")
         function = self.made.functions.get(name) or extend_function(name, fmt, balanced)
