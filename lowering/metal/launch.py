@@ -20,9 +20,11 @@ from tqc.lowering.metal.read_source import TOKENS, read_kernel
 from tqc.lowering.metal.softmax_source import merge_kernel
 from tqc.lowering.metal.tables import table
 
-# A share is at least so many pages a simdgroup; more shares than this are not worth their sums.
+# A share is at least so many pages a simdgroup. There are no more shares than are worth their sums, and than it takes
+# to occupy a device by so many threadgroups: what shares give takes memory, which long queries have none to spare for.
 PAGES_A_SIMDGROUP = 4
 MOST_SHARES = 64
+MOST_GROUPS = 512
 
 State = tuple[int, int, int]
 
@@ -127,7 +129,8 @@ def attend(
     at_once = rows_at_once(rows * q_heads // heads, max(k.head_dim, v.head_dim))
     blocks = -(-rows * q_heads // heads // at_once)
     pages = min(k_pages.shape[2], v_pages.shape[2])
-    shares = max(1, min(MOST_SHARES, -(-pages // (SIMDGROUPS * PAGES_A_SIMDGROUP))))
+    useful = -(-pages // (SIMDGROUPS * PAGES_A_SIMDGROUP))
+    shares = max(1, min(useful, MOST_SHARES, MOST_GROUPS // max(1, blocks * batch * heads)))
     kind, masks = "none", []
     if attn_mask is not None:
         kind = "bool" if attn_mask.dtype == mx.bool_ else "added"
