@@ -102,8 +102,19 @@ def attend(
     is_causal: bool,
     k_spec: str,
     v_spec: str,
+    window: int | None = None,
+    padding: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """As `attend` of `tqc.ops.planes`, but keys and values that hold different tokens give NaNs: to raise is to wait.
+
+    Args:
+        k_state, v_state: integers [3], or [batch, 3 or more] where each sequence has its own (what is behind the first
+            three is ignored).
+        window: how many tokens back a query sees, its own one counted, which is the new token i + m - n of m for query
+            i of n; None for all.
+        padding: integers [1 or batch], how many of the first new tokens are padding: they have no position, and nothing
+            attends to them.
+        The rest is as there.
 
     Raises:
         ValueError, TypeError: if formats, shapes or dtypes do not fit each other.
@@ -135,12 +146,14 @@ def attend(
     if attn_mask is not None:
         kind = "bool" if attn_mask.dtype == mx.bool_ else "added"
         masks = [attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))]
+    k_state, v_state = (state.reshape(-1, state.shape[-1]) for state in (k_state, v_state))
     kernel = attend_kernel(k, v, _name(query.dtype), at_once, kind, shares > 1)
     shape = (batch, rows, q_heads, v.head_dim)
     logs = (batch, q_heads, rows)
-    inputs = [query, k_pages, k_dense, k_state, v_pages, v_dense, v_state, k_state if start is None else start]
+    inputs = [query, k_pages, k_dense, k_state, v_pages, v_dense, v_state, _numbers(0) if start is None else start]
     inputs += [key, value, *masks, _no_sinks(q_heads) if sinks is None else sinks, _table(k_spec), _table(v_spec)]
-    inputs += [_factors(scale, softcap), _numbers(new, int(is_causal), int(start is not None))]
+    inputs += [_factors(scale, softcap), _numbers(new, int(is_causal), int(start is not None), window or 0)]
+    inputs.append(_numbers(0) if padding is None else padding)
     grid = (blocks, batch * heads, shares)
     if shares == 1:
         out, lse = _run(kernel, grid, [shape, logs], [query.dtype, mx.float32], *inputs)
