@@ -45,15 +45,14 @@ def kernels(head_dim: int, k_bits: int, v_bits: int, rows: int) -> dict[str, Ker
 
 
 def resources(kernel: Kernel) -> dict[str, int]:
-    """Registers of a thread and bytes that it spills, by ptxas for sm_90."""
+    """Registers of a thread, bytes that it spills and shared memory, by ptxas for sm_90."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.cu"
         source.write_text(as_cuda(kernel))
         command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", source, "-o", f"{source}bin"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers, spilled = (re.search(what, said) for what in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    assert registers and spilled, said
-    return {"registers": int(registers[1]), "spilled": int(spilled[1])}
+    what = {"registers": r"Used (\d+) registers", "spilled": r"(\d+) bytes spill stores", "shared": r"(\d+) bytes smem"}
+    return {name: int(re.findall(pattern, said)[0]) for name, pattern in what.items()}
 
 
 def measured(shape: tuple[int, int, int, int]) -> dict[str, Any]:

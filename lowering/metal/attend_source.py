@@ -36,23 +36,28 @@ _BODY = Template("""
   const int shares = threadgroups_per_grid.z;
   const int fresh = options[0];
   const bool causal = options[1] != 0;
+  const int window = options[3];
   const float scale = factors[0];
   const float softcap = factors[1];
 
   // Counts of tokens, and columns, which count from the first token that is held.
-  const int length = int(k_state[0]);
-  const int v_length = int(v_state[0]);
-  const int begin = int(k_state[2]);
+  const int k_at = k_state_shape[0] > 1 ? batch_at * k_state_shape[1] : 0;
+  const int v_at = v_state_shape[0] > 1 ? batch_at * v_state_shape[1] : 0;
+  const int padded = least(int(padding[padding_shape[0] > 1 ? batch_at : 0]), fresh);
+  const int length = int(k_state[k_at]);
+  const int v_length = int(v_state[v_at]);
+  const int begin = int(k_state[k_at + 2]);
   const int first = options[2] != 0 ? int(start[0]) : largest(length, v_length);
-  const bool agree = least(length, first) == least(v_length, first) && begin == int(v_state[2]);
+  const bool agree = least(length, first) == least(v_length, first) && begin == int(v_state[v_at + 2]);
   const int stored = least(length, first);
-  const int coded = least(int(k_state[1]), stored - SINKS);
+  const int coded = least(int(k_state[k_at + 1]), stored - SINKS);
   const int oldest = largest(begin - SINKS, 0);
   const int end_page = (largest(coded, 0) + 31) / 32;
   const int held_sinks = largest(least(stored, SINKS) - begin, 0);
   const int recent = largest(largest(coded, 0), oldest);
   const int held_recent = largest(stored - SINKS - recent, 0);
-  const int first_column = first - begin;
+  // Of the new token 0, which may be padding.
+  const int first_column = first - begin - padded;
 
   SHARED float q[ROWS * K_D];
   SHARED float all_sums[ROWS * V_D];
@@ -66,8 +71,9 @@ _BODY = Template("""
   SHARED float bias[ROWS];
   SHARED float norm[ROWS];
   SHARED int place[SIMDS * 32];
-  // Of each row: where it is in the query, the last column that it sees; and where its mask begins.
+  // Of each row: where it is in the query, the first and the last column that it sees; and where its mask begins.
   SHARED int64_t q_at[ROWS];
+  SHARED int first_seen[ROWS];
   SHARED int last_seen[ROWS];
   threadgroup float* own_weights = weights + simd * 32 * ROWS;
 
@@ -79,7 +85,9 @@ $mask_steps  if (thread_at < ROWS) {
     const int i = row / group;
     const int q_head = head_at % heads * group + row % group;
     q_at[thread_at] = ((int64_t(batch_at) * q_heads + q_head) * rows + i) * K_D;
-    last_seen[thread_at] = causal ? first_column + i + fresh - rows : 0x7fffffff;
+    const int own_column = first_column + i + fresh - rows;
+    last_seen[thread_at] = causal ? own_column : 0x7fffffff;
+    first_seen[thread_at] = window > 0 ? own_column - window + 1 : -0x7fffffff;
     all_tops[thread_at] = -INFINITY;
     all_totals[thread_at] = 0.0f;
 $mask_row  }
@@ -144,10 +152,10 @@ $v_head_centre$unrotate$v_balance    }
   }
 
   // Tokens that no page holds: sinks, the ring, new ones; and columns that stand for keys and values of zeros.
-  const int dense_count = held_sinks + held_recent + fresh;
+  const int dense_count = held_sinks + held_recent + fresh - padded;
   const int last_share = shares - 1 - share;
   const int zero_first[2] = {stored - begin, first_column + fresh};
-  const int zero_end[2] = {first_column, largest($columns, first_column + fresh)};
+  const int zero_end[2] = {first_column + padded, largest($columns, first_column + fresh)};
   const bool zeros = zero_first[0] < zero_end[0] || zero_first[1] < zero_end[1];
   if (last_share * SIMDS * 32 < dense_count || zeros) {
     clear(top, total, sums);
@@ -165,7 +173,7 @@ $v_head_centre$unrotate$v_balance    }
       int at = begin + i;
       int column = i;
       if (i >= held_sinks + held_recent) {
-        at = i - held_sinks - held_recent - fresh;
+        at = i - dense_count;
         column = first_column + fresh + at;
       } else if (i >= held_sinks) {
         const int u = recent + i - held_sinks;
@@ -241,7 +249,7 @@ $finish          scores[r] = score;
 
 _FINISH = """\
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
-{mask}        if (!inside || column > last_seen[r]) score = -INFINITY;
+{mask}        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
 """
 _MASKS = {
     "none": "",
@@ -307,8 +315,9 @@ def attend_kernel(k: PackedFormat, v: PackedFormat, dtype: str, rows: int, mask:
         mask: "none", "bool" or "added".
         split: whether there are several shares: then `out` is float32 and has them as its first axis, as has `lse`.
 
-    Grid, in threadgroups: (blocks of rows, batch * heads, shares). `options`, int32 [3]: how many new tokens there are,
-    whether causal, whether `start` counts. `factors`, float32 [2]: scale, softcap.
+    Grid, in threadgroups: (blocks of rows, batch * heads, shares). `options`, int32 [4]: how many new tokens there are,
+    whether causal, whether `start` counts, the window (0 for none). `factors`, float32 [2]: scale, softcap. States are
+    [1 or batch, 3 or more], `padding` is int32 [1 or batch].
     """
     parts = dict.fromkeys(("balance", "bias", "k_centre", "v_centre", "v_head_centre", "v_balance"), "")
     parts |= {**(_K_CENTRED if k.centred else {}), **(_V_CENTRED if v.centred else {})}
@@ -326,7 +335,7 @@ def attend_kernel(k: PackedFormat, v: PackedFormat, dtype: str, rows: int, mask:
     inputs = (
         *("query", "k_pages", "k_dense", "k_state", "v_pages", "v_dense", "v_state", "start", "key", "value"),
         *(("mask",) if masked else ()),
-        *("sinks", "k_table", "v_table", "factors", "options"),
+        *("sinks", "k_table", "v_table", "factors", "options", "padding"),
     )
     return Kernel(
         name=f"tqc_attend_d{k.head_dim}_k{k.bits}_v{v.bits}_r{rows}_{mask}_{'share' if split else 'whole'}",

@@ -20,9 +20,11 @@ from tqc.lowering.metal.read_source import TOKENS, read_kernel
 from tqc.lowering.metal.softmax_source import merge_kernel
 from tqc.lowering.metal.tables import table
 
-# A share is at least so many pages a simdgroup; more shares than this are not worth their sums.
+# A share is at least so many pages a simdgroup. There are no more shares than are worth their sums, and than it takes
+# to occupy a device by so many threadgroups: what shares give takes memory, which long queries have none to spare for.
 PAGES_A_SIMDGROUP = 4
 MOST_SHARES = 64
+MOST_GROUPS = 512
 
 State = tuple[int, int, int]
 
@@ -100,8 +102,19 @@ def attend(
     is_causal: bool,
     k_spec: str,
     v_spec: str,
+    window: int | None = None,
+    padding: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """As `attend` of `tqc.ops.planes`, but keys and values that hold different tokens give NaNs: to raise is to wait.
+
+    Args:
+        k_state, v_state: integers [3], or [batch, 3 or more] where each sequence has its own (what is behind the first
+            three is ignored).
+        window: how many tokens back a query sees, its own one counted, which is the new token i + m - n of m for query
+            i of n; None for all.
+        padding: integers [1 or batch], how many of the first new tokens are padding: they have no position, and nothing
+            attends to them.
+        The rest is as there.
 
     Raises:
         ValueError, TypeError: if formats, shapes or dtypes do not fit each other.
@@ -127,17 +140,20 @@ def attend(
     at_once = rows_at_once(rows * q_heads // heads, max(k.head_dim, v.head_dim))
     blocks = -(-rows * q_heads // heads // at_once)
     pages = min(k_pages.shape[2], v_pages.shape[2])
-    shares = max(1, min(MOST_SHARES, -(-pages // (SIMDGROUPS * PAGES_A_SIMDGROUP))))
+    useful = -(-pages // (SIMDGROUPS * PAGES_A_SIMDGROUP))
+    shares = max(1, min(useful, MOST_SHARES, MOST_GROUPS // max(1, blocks * batch * heads)))
     kind, masks = "none", []
     if attn_mask is not None:
         kind = "bool" if attn_mask.dtype == mx.bool_ else "added"
         masks = [attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))]
+    k_state, v_state = (state.reshape(-1, state.shape[-1]) for state in (k_state, v_state))
     kernel = attend_kernel(k, v, _name(query.dtype), at_once, kind, shares > 1)
     shape = (batch, rows, q_heads, v.head_dim)
     logs = (batch, q_heads, rows)
-    inputs = [query, k_pages, k_dense, k_state, v_pages, v_dense, v_state, k_state if start is None else start]
+    inputs = [query, k_pages, k_dense, k_state, v_pages, v_dense, v_state, _numbers(0) if start is None else start]
     inputs += [key, value, *masks, _no_sinks(q_heads) if sinks is None else sinks, _table(k_spec), _table(v_spec)]
-    inputs += [_factors(scale, softcap), _numbers(new, int(is_causal), int(start is not None))]
+    inputs += [_factors(scale, softcap), _numbers(new, int(is_causal), int(start is not None), window or 0)]
+    inputs.append(_numbers(0) if padding is None else padding)
     grid = (blocks, batch * heads, shares)
     if shares == 1:
         out, lse = _run(kernel, grid, [shape, logs], [query.dtype, mx.float32], *inputs)

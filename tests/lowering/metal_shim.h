@@ -1,9 +1,8 @@
 // Metal on a CPU: a threadgroup is a set of fibers that run one after the other, each up to its next barrier or
-// simdgroup function. Those of a simdgroup must all come to the same one; else the program ends with a message.
+// simdgroup function. Those of a simdgroup must all come to the same one, and all threads to each barrier.
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <setjmp.h>
@@ -64,10 +63,12 @@ inline int count, current;
 inline bool progress;
 inline float slots[2][MOST];
 inline void (*body)(int);
+inline jmp_buf outside;
+inline const char* fault;
 
 inline void fail(const char* why) {
-  fprintf(stderr, "shim: %s\n", why);
-  abort();
+  fault = why;
+  _longjmp(outside, 1);
 }
 inline void yield() {
   if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
@@ -108,20 +109,23 @@ inline void enter() {
   progress = true;
   _longjmp(scheduler, 1);
 }
-// One threadgroup; `backwards`: threads take their turns from the last to the first.
-inline void run_group(int threads, bool backwards, void (*function)(int)) {
+// One threadgroup; `backwards`: threads take their turns from the last to the first. What is wrong with it, or null.
+inline const char* run_group(int threads, bool backwards, void (*function)(int)) {
   if (!stacks) stacks = (char*)malloc(size_t(MOST) * STACK);
   memset(__start_tqc_shared, 0xff, __stop_tqc_shared - __start_tqc_shared);
   body = function;
   count = threads;
+  fault = nullptr;
   for (int i = 0; i < threads; i++) {
     Fiber& fiber = fibers[i];
     fiber.started = fiber.done = false;
     fiber.barriers = fiber.meetings = 0;
   }
+  if (_setjmp(outside)) return fault;
+  volatile int idle = 0;
   for (volatile int left = threads; left;) {
     progress = false;
-    for (volatile int k = 0; k < threads; k++) {
+    for (volatile int k = 0; k < threads; k = k + 1) {
       current = backwards ? threads - 1 - k : k;
       Fiber& fiber = fibers[current];
       if (fiber.done) continue;
@@ -137,14 +141,11 @@ inline void run_group(int threads, bool backwards, void (*function)(int)) {
       }
       if (fibers[current].done) left = left - 1;
     }
-    if (!progress && left) {
-      bool blocked = true;
-      for (int i = 0; i < threads; i++) blocked = blocked && (fibers[i].done || fibers[i].started);
-      static int idle;
-      if (blocked && ++idle > 4) fail("no thread can go on");
-      if (progress) idle = 0;
-    }
+    // A round in which the last ones arrive is followed by one in which nobody does but all go on.
+    idle = progress ? 0 : idle + 1;
+    if (idle > 2) fail("no thread can go on: some wait at a barrier, others at a simdgroup's function");
   }
+  return nullptr;
 }
 }  // namespace shim
 

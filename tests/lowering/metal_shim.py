@@ -72,13 +72,14 @@ static void one(int at) {{
   const uint thread_index_in_simdgroup_ = at % 32, simdgroup_index_in_threadgroup_ = at / 32;
   {name}({", ".join(casts)});
 }}
-extern "C" void run(void** given, int x, int y, int z, int threads, int backwards) {{
+extern "C" const char* run(void** given, int x, int y, int z, int threads, int backwards) {{
   arguments = given;
   threadgroups_per_grid_ = {{uint(x), uint(y), uint(z)}};
   for (int i = 0; i < x * y * z; i++) {{
     threadgroup_position_in_grid_ = {{uint(i % x), uint(i / x % y), uint(i / x / y)}};
-    shim::run_group(threads, backwards, one);
+    if (const char* fault = shim::run_group(threads, backwards, one)) return fault;
   }}
+  return nullptr;
 }}
 """
 
@@ -90,7 +91,9 @@ def _library(text):
     source.write_text(_source(text))
     done = subprocess.run(["g++", *FLAGS, source, "-o", library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
-    return ctypes.CDLL(str(library))
+    run = ctypes.CDLL(str(library)).run
+    run.restype = ctypes.c_char_p
+    return run
 
 
 def to_numpy(x):
@@ -125,7 +128,8 @@ class Shim:
                 )
             pointers = [arrays[name].ctypes.data for kind, name in parameters if kind.strip().endswith("*")]
             groups = [size // group for size, group in zip(grid, threadgroup, strict=True)]
-            _library(text).run((ctypes.c_void_p * len(pointers))(*pointers), *groups, threadgroup[0], backwards)
+            fault = _library(text)((ctypes.c_void_p * len(pointers))(*pointers), *groups, threadgroup[0], backwards)
+            assert fault is None, fault.decode()
             results.append([arrays[name] for name in self.kernel.outputs])
         for forth, back in zip(*results, strict=True):
             assert forth.tobytes() == back.tobytes(), "results depend on the order of threads: a barrier is missing"

@@ -17,11 +17,11 @@ from tqc.lowering.metal.softmax_source import merge_kernel
 # Dtypes of what is not a number of the model's.
 _DTYPES = {
     **dict.fromkeys(("pages", "k_pages", "v_pages"), mx.uint8),
-    **dict.fromkeys(("k_state", "v_state", "state", "start", "options", "span"), mx.int32),
+    **dict.fromkeys(("k_state", "v_state", "state", "start", "options", "span", "padding"), mx.int32),
     **dict.fromkeys(("k_table", "v_table", "table", "factors", "sinks", "parts", "logs", "lse"), mx.float32),
     "mask": mx.bool_,
 }
-_SMALL = ("k_state", "v_state", "state", "start", "options", "span", "factors", "sinks")
+_SMALL = ("k_state", "v_state", "state", "start", "options", "span", "factors", "sinks", "padding")
 _CUDA_NAMES = {mx.uint8: "uint8_t", mx.int32: "int32_t", mx.float32: "float", mx.bool_: "bool"}
 
 
@@ -46,7 +46,7 @@ def _dtype(kernel, name):
 
 def as_metal(kernel) -> str:
     """With inputs of four axes, and of few elements where they may be so few."""
-    inputs = [mx.zeros((3,) if name in _SMALL else (2, 2, 2, 8), _dtype(kernel, name)) for name in kernel.inputs]
+    inputs = [mx.zeros((1, 3) if name in _SMALL else (2, 2, 2, 8), _dtype(kernel, name)) for name in kernel.inputs]
     dtypes = [_dtype(kernel, name) for name in kernel.outputs]
     return metal_text(kernel, inputs, [(8,)] * len(dtypes), dtypes)
 

@@ -188,6 +188,44 @@ def test_caches_as_short_as_their_tokens(device):
         check_attend(attend, given)
 
 
+def test_window(device):
+    """As a mask that shows each query so many columns back, of stored and of new tokens."""
+    k_fmt, v_fmt, dtype, _, group, rows = CASES[1]
+    for window in (2, 50, 290):
+        own = 300 + torch.arange(rows)[:, None]
+        mask = torch.arange(300 + rows) > own - window
+        given = arguments(k_fmt, v_fmt, 300, group=group, rows=rows, dtype=dtype)
+        expected, expected_lse = planes.attend(**{**given, "attn_mask": mask})
+        out, lse = launch.attend(*map(to_mlx, given.values()), window=window)
+        compare(to_torch(out), expected, dtype)
+        compare(to_torch(lse), expected_lse, dtype)
+
+
+def test_each_sequence_with_its_own_state_and_padding(device):
+    """A batch of sequences is what each of them is alone, without its padding."""
+    k_fmt, v_fmt, dtype, _, group, _ = CASES[1]
+    lengths, padded, rows = (300, 0, 120), (0, 3, 1), 4
+    alone, batch = [], {}
+    for length in lengths:
+        alone.append(arguments(k_fmt, v_fmt, length, group=group, rows=rows, dtype=dtype))
+    pages = max(given["k_pages"].shape[2] for given in alone)
+    for name in ("query", "k_dense", "v_dense", "key", "value"):
+        batch[name] = torch.cat([given[name] for given in alone])
+    for name in ("k_pages", "v_pages"):
+        more = [pages - given[name].shape[2] for given in alone]
+        parts = [torch.nn.functional.pad(given[name], (0, 0, 0, n)) for given, n in zip(alone, more, strict=True)]
+        batch[name] = torch.cat(parts)
+    for name in ("k_state", "v_state"):
+        batch[name] = torch.stack([torch.nn.functional.pad(given[name], (0, 2), value=-1) for given in alone])
+    joined = {name: to_mlx(x) for name, x in {**alone[0], **batch}.items()}
+    out, lse = launch.attend(**joined, padding=mx.array(padded))
+    for i, (given, skip) in enumerate(zip(alone, padded, strict=True)):
+        given |= {name: given[name][:, :, skip:] for name in ("query", "key", "value")}
+        expected, expected_lse = planes.attend(**given)
+        compare(to_torch(out)[i : i + 1, :, skip:], expected, dtype)
+        compare(to_torch(lse)[i : i + 1, :, skip:], expected_lse, dtype)
+
+
 def test_keys_and_values_that_differ_give_nans(device):
     k_fmt, v_fmt, dtype, _, group, rows = CASES[0]
     given = arguments(k_fmt, v_fmt, 200, group=group, rows=rows, dtype=dtype)

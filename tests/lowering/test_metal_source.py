@@ -36,13 +36,14 @@ def test_golden_files():
 
 
 def test_table_of_docs():
-    """docs/metal.md has the table of the results, and their threadgroup memory is that of the kernels now."""
+    """docs/metal.md has the table of the results, whose threadgroup memory is that of the kernels now, and of ptxas."""
     assert metal_table.table(ROWS) in (metal_table.RESULTS.parents[1] / "docs" / "metal.md").read_text()
     for row in ROWS:
         made = metal_table.kernels(row["head_dim"], row["k_bits"], row["v_bits"], row["rows"])
-        assert {name: row[name]["threadgroup_bytes"] for name in made} == {
-            name: kernel.threadgroup_bytes for name, kernel in made.items()
-        }
+        for name, kernel in made.items():
+            assert row[name]["threadgroup_bytes"] == kernel.threadgroup_bytes
+            # What ptxas counted, with gaps between arrays.
+            assert 0 <= row[name]["shared"] - kernel.threadgroup_bytes < 16
 
 
 formats = st.builds(
@@ -64,13 +65,6 @@ def test_limits_of_metal(k, v, rows):
         shapes = sum(f"{name}_shape" in kernel.body for name in kernel.inputs)
         assert len(kernel.inputs) + shapes + len(kernel.outputs) <= 31
         assert 32 * kernel.simdgroups <= 1024
-
-
-def test_threadgroup_memory_is_counted_whole():
-    """Against the figures of ptxas for sm_90."""
-    found = {kernel.name: kernel.threadgroup_bytes for kernel in kernels(*PAIRS[0])}
-    assert found["tqc_attend_d128_k4_v2_r4_none_share"] == 6976
-    assert found["tqc_encode_d128_b4_centred"] == 5312
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=NAMES)

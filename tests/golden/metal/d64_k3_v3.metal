@@ -166,7 +166,7 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
   }
   group_barrier();
 }
-[[kernel]] void custom_kernel_tqc_attend_d64_k3_v3_r4_bool_whole_bfloat16_t_uint8_t_bfloat16_t_int32_tc_uint8_t_bfloat16_t_int32_tc_int32_tc_bfloat16_t_bfloat16_t_bool_floatc_float_float_floatc_int32_tc_bfloat16_t_float(
+[[kernel]] void custom_kernel_tqc_attend_d64_k3_v3_r4_bool_whole_bfloat16_t_uint8_t_bfloat16_t_int32_tc_uint8_t_bfloat16_t_int32_tc_int32_tc_bfloat16_t_bfloat16_t_bool_floatc_float_float_floatc_int32_tc_int32_tc_bfloat16_t_float(
   const device bfloat16_t* query [[buffer(0)]],
   const constant int* query_shape [[buffer(1)]],
   const device uint8_t* k_pages [[buffer(2)]],
@@ -174,23 +174,27 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
   const device bfloat16_t* k_dense [[buffer(4)]],
   const constant int* k_dense_shape [[buffer(5)]],
   const constant int32_t* k_state [[buffer(6)]],
-  const device uint8_t* v_pages [[buffer(7)]],
-  const constant int* v_pages_shape [[buffer(8)]],
-  const device bfloat16_t* v_dense [[buffer(9)]],
-  const constant int* v_dense_shape [[buffer(10)]],
-  const constant int32_t* v_state [[buffer(11)]],
-  const constant int32_t* start [[buffer(12)]],
-  const device bfloat16_t* key [[buffer(13)]],
-  const device bfloat16_t* value [[buffer(14)]],
-  const device bool* mask [[buffer(15)]],
-  const constant int* mask_shape [[buffer(16)]],
-  const constant float* sinks [[buffer(17)]],
-  const device float* k_table [[buffer(18)]],
-  const device float* v_table [[buffer(19)]],
-  const constant float* factors [[buffer(20)]],
-  const constant int32_t* options [[buffer(21)]],
-  device bfloat16_t* out [[buffer(22)]],
-  device float* lse [[buffer(23)]],
+  const constant int* k_state_shape [[buffer(7)]],
+  const device uint8_t* v_pages [[buffer(8)]],
+  const constant int* v_pages_shape [[buffer(9)]],
+  const device bfloat16_t* v_dense [[buffer(10)]],
+  const constant int* v_dense_shape [[buffer(11)]],
+  const constant int32_t* v_state [[buffer(12)]],
+  const constant int* v_state_shape [[buffer(13)]],
+  const constant int32_t* start [[buffer(14)]],
+  const device bfloat16_t* key [[buffer(15)]],
+  const device bfloat16_t* value [[buffer(16)]],
+  const device bool* mask [[buffer(17)]],
+  const constant int* mask_shape [[buffer(18)]],
+  const constant float* sinks [[buffer(19)]],
+  const device float* k_table [[buffer(20)]],
+  const device float* v_table [[buffer(21)]],
+  const constant float* factors [[buffer(22)]],
+  const constant int32_t* options [[buffer(23)]],
+  const constant int32_t* padding [[buffer(24)]],
+  const constant int* padding_shape [[buffer(25)]],
+  device bfloat16_t* out [[buffer(26)]],
+  device float* lse [[buffer(27)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]],
@@ -210,23 +214,28 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
   const int shares = threadgroups_per_grid.z;
   const int fresh = options[0];
   const bool causal = options[1] != 0;
+  const int window = options[3];
   const float scale = factors[0];
   const float softcap = factors[1];
 
   // Counts of tokens, and columns, which count from the first token that is held.
-  const int length = int(k_state[0]);
-  const int v_length = int(v_state[0]);
-  const int begin = int(k_state[2]);
+  const int k_at = k_state_shape[0] > 1 ? batch_at * k_state_shape[1] : 0;
+  const int v_at = v_state_shape[0] > 1 ? batch_at * v_state_shape[1] : 0;
+  const int padded = least(int(padding[padding_shape[0] > 1 ? batch_at : 0]), fresh);
+  const int length = int(k_state[k_at]);
+  const int v_length = int(v_state[v_at]);
+  const int begin = int(k_state[k_at + 2]);
   const int first = options[2] != 0 ? int(start[0]) : largest(length, v_length);
-  const bool agree = least(length, first) == least(v_length, first) && begin == int(v_state[2]);
+  const bool agree = least(length, first) == least(v_length, first) && begin == int(v_state[v_at + 2]);
   const int stored = least(length, first);
-  const int coded = least(int(k_state[1]), stored - SINKS);
+  const int coded = least(int(k_state[k_at + 1]), stored - SINKS);
   const int oldest = largest(begin - SINKS, 0);
   const int end_page = (largest(coded, 0) + 31) / 32;
   const int held_sinks = largest(least(stored, SINKS) - begin, 0);
   const int recent = largest(largest(coded, 0), oldest);
   const int held_recent = largest(stored - SINKS - recent, 0);
-  const int first_column = first - begin;
+  // Of the new token 0, which may be padding.
+  const int first_column = first - begin - padded;
 
   SHARED float q[ROWS * K_D];
   SHARED float all_sums[ROWS * V_D];
@@ -240,8 +249,9 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
   SHARED float bias[ROWS];
   SHARED float norm[ROWS];
   SHARED int place[SIMDS * 32];
-  // Of each row: where it is in the query, the last column that it sees; and where its mask begins.
+  // Of each row: where it is in the query, the first and the last column that it sees; and where its mask begins.
   SHARED int64_t q_at[ROWS];
+  SHARED int first_seen[ROWS];
   SHARED int last_seen[ROWS];
   threadgroup float* own_weights = weights + simd * 32 * ROWS;
 
@@ -256,7 +266,9 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
     const int i = row / group;
     const int q_head = head_at % heads * group + row % group;
     q_at[thread_at] = ((int64_t(batch_at) * q_heads + q_head) * rows + i) * K_D;
-    last_seen[thread_at] = causal ? first_column + i + fresh - rows : 0x7fffffff;
+    const int own_column = first_column + i + fresh - rows;
+    last_seen[thread_at] = causal ? own_column : 0x7fffffff;
+    first_seen[thread_at] = window > 0 ? own_column - window + 1 : -0x7fffffff;
     all_tops[thread_at] = -INFINITY;
     all_totals[thread_at] = 0.0f;
     const int mask_batch = mask_shape[0] > 1 ? batch_at : 0;
@@ -321,7 +333,7 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
         float score = scores[r];
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
         if (inside && !mask[mask_at[r] + column * mask_step]) score = -INFINITY;
-        if (!inside || column > last_seen[r]) score = -INFINITY;
+        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
         scores[r] = score;
       }
       softmax_step(scores, top, total, sums);
@@ -340,10 +352,10 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
   }
 
   // Tokens that no page holds: sinks, the ring, new ones; and columns that stand for keys and values of zeros.
-  const int dense_count = held_sinks + held_recent + fresh;
+  const int dense_count = held_sinks + held_recent + fresh - padded;
   const int last_share = shares - 1 - share;
   const int zero_first[2] = {stored - begin, first_column + fresh};
-  const int zero_end[2] = {first_column, largest(mask_columns, first_column + fresh)};
+  const int zero_end[2] = {first_column + padded, largest(mask_columns, first_column + fresh)};
   const bool zeros = zero_first[0] < zero_end[0] || zero_first[1] < zero_end[1];
   if (last_share * SIMDS * 32 < dense_count || zeros) {
     clear(top, total, sums);
@@ -361,7 +373,7 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
       int at = begin + i;
       int column = i;
       if (i >= held_sinks + held_recent) {
-        at = i - held_sinks - held_recent - fresh;
+        at = i - dense_count;
         column = first_column + fresh + at;
       } else if (i >= held_sinks) {
         const int u = recent + i - held_sinks;
@@ -381,7 +393,7 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
         float score = scores[r];
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
         if (inside && !mask[mask_at[r] + column * mask_step]) score = -INFINITY;
-        if (!inside || column > last_seen[r]) score = -INFINITY;
+        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
         scores[r] = score;
       }
       softmax_step(scores, top, total, sums);
@@ -405,7 +417,7 @@ FUNCTION void join(thread const float* top, thread const float* total, thread co
           float score = 0.0f;
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
         if (inside && !mask[mask_at[r] + column * mask_step]) score = -INFINITY;
-        if (!inside || column > last_seen[r]) score = -INFINITY;
+        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
           scores[r] = score;
         }
         softmax_step(scores, top, total, sums);

@@ -223,7 +223,7 @@ FUNCTION void join(const float* top, const float* total, const float* sums,
 
 namespace mlx::core::cu {
 __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
-    const float* query, const __grid_constant__ Shape query_shape, const uint8_t* k_pages, const __grid_constant__ Shape k_pages_shape, const float* k_dense, const __grid_constant__ Shape k_dense_shape, const int32_t* k_state, const uint8_t* v_pages, const __grid_constant__ Shape v_pages_shape, const float* v_dense, const __grid_constant__ Shape v_dense_shape, const int32_t* v_state, const int32_t* start, const float* key, const float* value, const bool* mask, const __grid_constant__ Shape mask_shape, const float* sinks, const float* k_table, const float* v_table, const float* factors, const int32_t* options, float* out, float* lse) {
+    const float* query, const __grid_constant__ Shape query_shape, const uint8_t* k_pages, const __grid_constant__ Shape k_pages_shape, const float* k_dense, const __grid_constant__ Shape k_dense_shape, const int32_t* k_state, const __grid_constant__ Shape k_state_shape, const uint8_t* v_pages, const __grid_constant__ Shape v_pages_shape, const float* v_dense, const __grid_constant__ Shape v_dense_shape, const int32_t* v_state, const __grid_constant__ Shape v_state_shape, const int32_t* start, const float* key, const float* value, const bool* mask, const __grid_constant__ Shape mask_shape, const float* sinks, const float* k_table, const float* v_table, const float* factors, const int32_t* options, const int32_t* padding, const __grid_constant__ Shape padding_shape, float* out, float* lse) {
 
   const int lane = thread_index_in_simdgroup;
   const int simd = simdgroup_index_in_threadgroup;
@@ -239,23 +239,28 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
   const int shares = threadgroups_per_grid.z;
   const int fresh = options[0];
   const bool causal = options[1] != 0;
+  const int window = options[3];
   const float scale = factors[0];
   const float softcap = factors[1];
 
   // Counts of tokens, and columns, which count from the first token that is held.
-  const int length = int(k_state[0]);
-  const int v_length = int(v_state[0]);
-  const int begin = int(k_state[2]);
+  const int k_at = k_state_shape[0] > 1 ? batch_at * k_state_shape[1] : 0;
+  const int v_at = v_state_shape[0] > 1 ? batch_at * v_state_shape[1] : 0;
+  const int padded = least(int(padding[padding_shape[0] > 1 ? batch_at : 0]), fresh);
+  const int length = int(k_state[k_at]);
+  const int v_length = int(v_state[v_at]);
+  const int begin = int(k_state[k_at + 2]);
   const int first = options[2] != 0 ? int(start[0]) : largest(length, v_length);
-  const bool agree = least(length, first) == least(v_length, first) && begin == int(v_state[2]);
+  const bool agree = least(length, first) == least(v_length, first) && begin == int(v_state[v_at + 2]);
   const int stored = least(length, first);
-  const int coded = least(int(k_state[1]), stored - SINKS);
+  const int coded = least(int(k_state[k_at + 1]), stored - SINKS);
   const int oldest = largest(begin - SINKS, 0);
   const int end_page = (largest(coded, 0) + 31) / 32;
   const int held_sinks = largest(least(stored, SINKS) - begin, 0);
   const int recent = largest(largest(coded, 0), oldest);
   const int held_recent = largest(stored - SINKS - recent, 0);
-  const int first_column = first - begin;
+  // Of the new token 0, which may be padding.
+  const int first_column = first - begin - padded;
 
   SHARED float q[ROWS * K_D];
   SHARED float all_sums[ROWS * V_D];
@@ -269,8 +274,9 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
   SHARED float bias[ROWS];
   SHARED float norm[ROWS];
   SHARED int place[SIMDS * 32];
-  // Of each row: where it is in the query, the last column that it sees; and where its mask begins.
+  // Of each row: where it is in the query, the first and the last column that it sees; and where its mask begins.
   SHARED int64_t q_at[ROWS];
+  SHARED int first_seen[ROWS];
   SHARED int last_seen[ROWS];
   float* own_weights = weights + simd * 32 * ROWS;
 
@@ -285,7 +291,9 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
     const int i = row / group;
     const int q_head = head_at % heads * group + row % group;
     q_at[thread_at] = ((int64_t(batch_at) * q_heads + q_head) * rows + i) * K_D;
-    last_seen[thread_at] = causal ? first_column + i + fresh - rows : 0x7fffffff;
+    const int own_column = first_column + i + fresh - rows;
+    last_seen[thread_at] = causal ? own_column : 0x7fffffff;
+    first_seen[thread_at] = window > 0 ? own_column - window + 1 : -0x7fffffff;
     all_tops[thread_at] = -INFINITY;
     all_totals[thread_at] = 0.0f;
     const int mask_batch = mask_shape[0] > 1 ? batch_at : 0;
@@ -350,7 +358,7 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
         float score = scores[r];
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
         if (inside) score += float(mask[mask_at[r] + column * mask_step]);
-        if (!inside || column > last_seen[r]) score = -INFINITY;
+        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
         scores[r] = score;
       }
       softmax_step(scores, top, total, sums);
@@ -369,10 +377,10 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
   }
 
   // Tokens that no page holds: sinks, the ring, new ones; and columns that stand for keys and values of zeros.
-  const int dense_count = held_sinks + held_recent + fresh;
+  const int dense_count = held_sinks + held_recent + fresh - padded;
   const int last_share = shares - 1 - share;
   const int zero_first[2] = {stored - begin, first_column + fresh};
-  const int zero_end[2] = {first_column, largest(mask_columns, first_column + fresh)};
+  const int zero_end[2] = {first_column + padded, largest(mask_columns, first_column + fresh)};
   const bool zeros = zero_first[0] < zero_end[0] || zero_first[1] < zero_end[1];
   if (last_share * SIMDS * 32 < dense_count || zeros) {
     clear(top, total, sums);
@@ -390,7 +398,7 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
       int at = begin + i;
       int column = i;
       if (i >= held_sinks + held_recent) {
-        at = i - held_sinks - held_recent - fresh;
+        at = i - dense_count;
         column = first_column + fresh + at;
       } else if (i >= held_sinks) {
         const int u = recent + i - held_sinks;
@@ -410,7 +418,7 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
         float score = scores[r];
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
         if (inside) score += float(mask[mask_at[r] + column * mask_step]);
-        if (!inside || column > last_seen[r]) score = -INFINITY;
+        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
         scores[r] = score;
       }
       softmax_step(scores, top, total, sums);
@@ -434,7 +442,7 @@ __global__ void tqc_attend_d80_k8_v8_r1_added_whole(
           float score = 0.0f;
         if (softcap != 0.0f) score = softcap * tanh(score / softcap);
         if (inside) score += float(mask[mask_at[r] + column * mask_step]);
-        if (!inside || column > last_seen[r]) score = -INFINITY;
+        if (!inside || column > last_seen[r] || column < first_seen[r]) score = -INFINITY;
           scores[r] = score;
         }
         softmax_step(scores, top, total, sums);
