@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROMPT ?= $$(cat docs/demo.txt)
 
-.PHONY: setup demo test test-extended test-models test-sessions test-fuzz test-sanitizers lint format bench clean
+.PHONY: setup demo test test-extended test-models test-sessions test-fuzz test-sanitizers test-metal lint format bench clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ test-fuzz: setup
 # The CPU kernels with AddressSanitizer and UBSan, at each level that this machine runs: ten minutes, half of it g++.
 test-sanitizers: setup
 	$(BIN)/python benchmarks/sanitizers.py --write
+
+# The generated Metal and CUDA text by clang and nvcc (where it is on the PATH), and any formats by the shim: five minutes.
+test-metal: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check clang-tidy
+	PATH=$(CURDIR)/$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/lowering/test_metal_source.py tests/lowering/test_metal_kernels.py
 
 lint: setup
 	$(BIN)/ruff check .

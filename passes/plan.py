@@ -29,6 +29,9 @@ READ = "read"  # the cache is packed, and decoded for what attention's keys and 
 DENSE = "dense"
 UNCACHED = "uncached"  # nothing is there to pack: no call before or behind this one shares its keys and values
 
+EVICTED = (
+    "would read or write a cache that holds groups of tokens by their scores, and only attention that is understood can"
+)
 SKIPPED = "named in skip_layers"
 
 
@@ -190,6 +193,8 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     if key.packed:
         site.k_fmt, site.v_fmt = example(key.past).fmt, example(val.past).fmt
         site.reason = "" if computed else _why_not_fused(site) or ""
+        if site.k_fmt.groups and (computed or site.reason):
+            raise NotImplementedError(f"{site.attention.name}: {computed or site.reason}; it {EVICTED}")
         action = READ if computed else FUSE
     else:
         site.reason = _why_not_packed(site, config, outputs) or ""
@@ -197,7 +202,12 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
             shapes = [example(write.new).shape for write in (key, val)]
             k_head_dim, v_head_dim = (int(shape[-1]) for shape in shapes)
             own = config.of_layer(site.layer, int(shapes[0][1]), k_head_dim, v_head_dim)
-            site.k_fmt, site.v_fmt = own.formats(k_head_dim, v_head_dim, key.keep)
+            repeats = None
+            if config.strategy and (why_not := computed or _why_not_grouped(site)):
+                site.notes.append(f"{config.strategy} left out, all tokens kept: {why_not}")
+            elif config.strategy:
+                repeats = attention.heads // int(shapes[0][1])
+            site.k_fmt, site.v_fmt = own.formats(k_head_dim, v_head_dim, key.keep, repeats)
         action = PACK
     if site.reason:
         return
@@ -298,6 +308,24 @@ def _why_not_fused(site: Site) -> str | None:
         return "the values of a preallocated cache are folded"
     if site.key.kind == "write":
         return _why_not_preallocated(site)
+    return None
+
+
+def _why_not_grouped(site: Site) -> str | None:
+    """Why a cache that starts here holds its tokens one as the other, whatever their scores."""
+    assert site.key and site.value
+    key, attention = site.key, site.attention
+    if key.kind != "grow":
+        return "the cache is preallocated"
+    if key.keep is not None:
+        return "the cache is a sliding window"
+    if key.past is not None:
+        return "the cache came with tokens whose queries are not known"
+    queries = example(attention.query).shape
+    if not statically_known_true(queries[-2] == example(key.new).shape[2]):
+        return "queries are of other tokens than keys (cross attention)"
+    if attention.heads % int(example(key.new).shape[1]):
+        return f"{attention.heads} query heads are not a multiple of {example(key.new).shape[1]} key heads"
     return None
 
 

@@ -28,12 +28,39 @@ def test_presets_are_valid_and_options_override_them():
         ({"sink_tokens": -1}, ValueError, "sink_tokens must be at least 0, got -1"),
         ({"rotation": "fourier"}, ValueError, "rotation must be one of hadamard, haar; got 'fourier'"),
         ({"rest": "jit"}, ValueError, "rest must be one of inductor, eager; got 'jit'"),
+        ({"strategy": "evikt"}, ValueError, r"strategy must be .*; got 'evikt' \(did you mean 'evict'\?\)"),
+        ({"strategy": "evict", "scorer": "snapvk"}, ValueError, r"got 'snapvk' \(did you mean 'snapkv'\?\)"),
+        ({"strategy": "evict", "scorer_kwargs": {"kern": 5}}, ValueError, r"no parameter 'kern' .*'kernel'"),
+        ({"scorer": "snapkv"}, ValueError, "scorer needs a strategy .* got 'snapkv' and none"),
+        ({"keep": 0.5}, ValueError, "keep needs a strategy"),
+        ({"strategy": "evict", "keep": 0.47}, ValueError, "keep must be one of 1/8, .*; got 0.47"),
+        ({"strategy": "evict", "keep": True}, TypeError, "keep must be a number, got True"),
+        ({"strategy": "evict", "tiers": "1x4/2"}, ValueError, "tiers are for strategy 'tiered'"),
+        ({"strategy": "tiered", "keep": 0.5}, ValueError, "keep is for strategy 'evict'"),
+        ({"strategy": "tiered", "tiers": "5x4/4"}, ValueError, "tiers must read as 1x4.* got '5x4/4'"),
+        ({"strategy": "tiered", "tiers": 4}, ValueError, "tiers must read as .* got 4"),
+        ({"strategy": "tiered", "budget_bits": 1.5}, ValueError, "budget_bits must be at least 2.0 .* got 1.5"),
+        ({"strategy": "evict", "preset": "off"}, ValueError, "strategy 'evict' is for packed caches"),
+        ({"strategy": "evict", "residual_window": 64}, ValueError, "residual_window must be at least 79"),
         ({"skip_layers": ["first"]}, TypeError, "skip_layers must be integers"),
     ],
 )
 def test_mistakes(options, error, message):
     with pytest.raises(error, match=message):
         Config.from_options(options)
+
+
+def test_a_strategy_gets_the_window_that_it_needs_and_its_groups():
+    plain, evict = Config(), Config.from_options({"strategy": "evict", "keep": 0.25, "scorer": "knorm"})
+    assert evict.residual_window == 128 and Config.from_options({"strategy": "evict"}).residual_window == 96
+    keys, values = evict.formats(64, 64)
+    assert (keys.groups.tokens, keys.groups.tiers, keys.groups.scorer) == (128, ((1, 3),), "knorm()")
+    assert values.groups.scorer == "" and keys.evicts
+    tiered = Config.from_options({"strategy": "tiered", "budget_bits": 2.4, "scorer_kwargs": {"queries": 4}})
+    keys, values = tiered.formats(64, 64, repeats=3)
+    assert keys.groups.code_bits == values.groups.code_bits == 2.0
+    assert keys.score_rows == 12 and values.score_rows == 0 and keys.bits == 4
+    assert all(fmt.groups is None for fmt in (*plain.formats(64, 64), *evict.formats(64, 64, repeats=None)))
 
 
 def test_off_is_off_for_both():

@@ -129,7 +129,7 @@ def keys(result: Any) -> list[type]:
     return [type(layer.keys) for layer in layers(result.past_key_values)]
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_inside_packs(name, in_place, caplog):
     model = MODELS[name][0]()
@@ -145,7 +145,7 @@ def test_the_model_inside_packs(name, in_place, caplog):
         assert set(keys(model.generate(**inputs(name), **TOKENS))) == {torch.Tensor}, "by its own name it is as it was"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["blip2", pytest.param("wrapper", marks=pytest.mark.extended)])
 def test_explain_names_the_model_inside(name):
     model = MODELS[name][0]()
     explanation = tqc.explain(model, **inputs(name), options=OPTIONS)

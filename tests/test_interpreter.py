@@ -80,13 +80,13 @@ class Checked:
 
 CASES = [
     ("llama", "dynamic", {}),
-    ("llama", "static", {}),
     ("llama", "dynamic", {"fold_values": True, "bits_k": 3, "bits_v": 2}),
     ("qwen3", "static", {"bits_k": 4, "bits_v": 2}),
     ("gpt_oss", "dynamic", {}),
-    ("gemma2", "dynamic", {}),
-    ("gpt2", "dynamic", {}),
-    ("gemma3n", "dynamic", {}),
+    *(
+        pytest.param(family, kind, {}, marks=pytest.mark.extended)
+        for family, kind in (("llama", "static"), ("gemma2", "dynamic"), ("gpt2", "dynamic"), ("gemma3n", "dynamic"))
+    ),
 ]
 
 

@@ -20,8 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "cache_folder": set(),
     "format": {"torch_private"},
     "widths": set(),
-    "config": {"format", "widths"},
-    "ops": {"format", "torch_private"},
+    "plugins": set(),
+    "strategies": {"format", "plugins"},
+    "config": {"format", "strategies", "widths"},
+    "ops": {"format", "plugins", "torch_private"},
     "passes": {"format", "config", "ops", "torch_private"},
     "mlx_trace": {"format", "config", "ops", "passes", "cache", "report", "torch_private"},
     "caches": {"cache", "mlx_trace"},
@@ -40,10 +42,14 @@ ALLOWED: dict[str, set[str]] = {
         *("passes", "cache", "report", "backend", "mlx_trace"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
-    "tqc": {"config", "cache", "caches", "explainer", "mlx_trace"},
+    "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
+    "tqc": {"config", "cache", "caches", "explainer", "export", "mlx_trace"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "widths", "cache"},
-    "cli": {"tqc", "config", "widths", "lowering", "evaluate", "models", "cache_folder", "torch_private"},
+    "cli": {
+        *("tqc", "config", "plugins", "widths", "lowering", "evaluate", "export", "models"),
+        *("cache_folder", "torch_private"),
+    },
     "__main__": {"cli"},
 }
 
@@ -54,6 +60,7 @@ PRIVATE_ALLOWED = {
     ("tqc.cache.file", "torch._dynamo.mark_static_address"): "documented by torch; loads what transformers marks so",
     ("tqc.evaluate.evaluation", "torch._dynamo.config.patch"): "a documented setting: how often a model may recompile",
     ("tqc.explainer", "torch._dynamo.config.patch"): "a documented setting: how often a model may recompile",
+    ("tqc.export.capture", "torch._dynamo.config.patch"): "a documented setting: whether numbers become symbols",
     ("tqc.ops.text", "torch._ops.OpOverload"): "the type of what torch.ops holds, which is public but for its name",
     ("tqc.ops.text", "torch._ops.OpOverloadPacket"): "the same",
 }
@@ -194,7 +201,7 @@ def test_the_table_keeps_the_rules() -> None:
     assert not ALLOWED["passes"] & {"cache", "execute", "lowering"}
     assert not any("passes" in ALLOWED[name] for name in ("lowering", "execute", "cache", "ops"))
     assert {name for name, rooms in ALLOWED.items() if "cli" in rooms} == {"__main__"}
-    assert ALLOWED["ops"] == {"format", "torch_private"}
+    assert ALLOWED["ops"] == {"format", "plugins", "torch_private"} and not ALLOWED["plugins"]
 
 
 def test_no_file_is_in_a_circle() -> None:
@@ -202,7 +209,7 @@ def test_no_file_is_in_a_circle() -> None:
 
 
 def test_private_names_of_torch_are_in_one_file() -> None:
-    found = {(file, name) for file, name in private_names(sources()) if file != PRIVATE_HOME}
+    found = {(file, name) for file, name in private_names(sources()) if not file.startswith(PRIVATE_HOME)}
     assert not found - PRIVATE_ALLOWED.keys()
     assert not PRIVATE_ALLOWED.keys() - found, "exceptions that nothing needs any more"
 
@@ -259,7 +266,7 @@ def test_the_small_tree_is_fine() -> None:
             "tqc.ops.planes imports tqc.config",
         ),
         ("tqc.cache", "from tqc.cli.app import main", "tqc.cache imports tqc.cli.app"),
-        ("tqc.plugins", "", "tqc.plugins is in no room of the table"),
+        ("tqc.rooms", "", "tqc.rooms is in no room of the table"),
     ],
 )
 def test_a_forbidden_arrow_is_found(file: str, text: str, fault: str) -> None:

@@ -117,7 +117,7 @@ def test_an_interrupted_conversion_leaves_no_copy(tiny_model_folder: Path, monke
     assert list(folder.parent.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_embedded_model_is_converted_once_and_exactly(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TQC_CACHE_DIR", str(tmp_path / "cache"))
     models.load()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tqc import torch_private as private
+from tqc.torch_private import inductor, needs
 
 NAMES = sorted({name for _, names in private.NEEDS.values() for name in names})
 
@@ -126,7 +127,7 @@ def test_inductor_gives_an_entry():
 def test_code_without_its_parts_runs_all_the_same(monkeypatch):
     x = torch.randn(3)
     lacking = {private.REGIONS, private.DIRECT}
-    monkeypatch.setattr(private, "_lacking", lambda feature: [feature] if feature in lacking else [])
+    monkeypatch.setattr(inductor, "lacking", lambda feature: [feature] if feature in lacking else [])
     for _ in range(2):
         run, entry = compiled(lambda x: (x + 1,), x, cpp_wrapper=True)
         assert entry is None and torch.equal(run(x)[0], x + 1)
@@ -134,7 +135,7 @@ def test_code_without_its_parts_runs_all_the_same(monkeypatch):
 
 
 def test_a_wrapper_that_is_not_understood_is_reported(monkeypatch):
-    monkeypatch.setattr(private, "_met", {})
+    monkeypatch.setattr(needs, "_met", {})
 
     class Code:
         current_callable = staticmethod(lambda args: args)
@@ -144,7 +145,7 @@ def test_a_wrapper_that_is_not_understood_is_reported(monkeypatch):
 
 
 def test_a_wrapper_with_work_of_its_own_has_no_entry(monkeypatch):
-    monkeypatch.setattr(private, "_met", {})
+    monkeypatch.setattr(needs, "_met", {})
 
     def g(args):
         output_tensors = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(args)
@@ -153,7 +154,7 @@ def test_a_wrapper_with_work_of_its_own_has_no_entry(monkeypatch):
     class Code:
         current_callable = staticmethod(g)
 
-    assert private.entry_of(Code()) is None and not private._met
+    assert private.entry_of(Code()) is None and not needs._met
 
 
 def test_the_state_of_inductor_holds_its_settings_and_threads():

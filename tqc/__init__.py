@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from tqc.caches import cache_bytes, load_cache, save_cache
     from tqc.config import PRESETS, Config
     from tqc.explainer import explain
+    from tqc.export.generator import OnnxGenerator
+    from tqc.export.onnx import export_onnx
     from tqc.mlx_trace.compile import compile_mlx, decompile_mlx
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Config",
+    "OnnxGenerator",
     "PackedTensor",
     "cache_bytes",
     "compile_mlx",
     "decompile_mlx",
     "explain",
+    "export_onnx",
     "load_cache",
     "save_cache",
 ]
@@ -39,6 +43,8 @@ _HOME = {
     "load_cache": "caches",
     "save_cache": "caches",
     "explain": "explainer",
+    "export_onnx": "export.onnx",
+    "OnnxGenerator": "export.generator",
 }
 
 

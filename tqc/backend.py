@@ -45,8 +45,8 @@ def tqai(
     if config.off:
         return _rest(gm, example_inputs, config)
     number = next(_numbers)
-    _settle_floats(gm)
-    _type_caches(gm)
+    settle_floats(gm)
+    type_caches(gm)
     plan = rewrite(gm, config, number, keep_texts=report.wants_texts())
     report.record(plan)
     report.warn_if_dense(plan)
@@ -73,7 +73,7 @@ def tqai(
     return cuda_graphs.CudaGraphs(graph, gm, functools.partial(_say_not_recorded, plan, number))
 
 
-def _settle_floats(gm: GraphModule) -> None:
+def settle_floats(gm: GraphModule) -> None:
     """Put numbers in the place of symbolic floats, which dynamo makes of a module's attributes (`dynamic=True`, or two
     models that differ in one): a scale is part of how attention is realized, and a region cannot read one from a
     tensor. To ask for the number is a guard on it."""
@@ -91,7 +91,7 @@ def _instead(node: Node, number: float, operand: Node) -> Any:
     return number if operand is node else operand
 
 
-def _type_caches(gm: GraphModule) -> None:
+def type_caches(gm: GraphModule) -> None:
     """Give the nodes that hold packed tensors the dialect's type; what torch ops make of them is dense."""
     for node in gm.graph.nodes:
         held = example(node)

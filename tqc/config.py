@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from tqc.format import PackedFormat
 from tqc.format.rotation import ROTATIONS
+from tqc.strategies import TIERED, Strategy, make_strategy
 from tqc.widths import Widths
 
 OFF = 16
@@ -50,7 +52,13 @@ class Config:
         widths: file of `tqc calibrate`, or the `Widths` in it: each layer's keys and values get their own width, in
             place of `bits_k` and `bits_v`. The file is read when the model is compiled.
         budget_bits: choose other widths by what the file knows, of at most so many code bits an element, as
-            `Widths.bits` counts them.
+            `Widths.bits` counts them; with strategy "tiered", the tiers.
+        strategy: what becomes of tokens that leave the window: None (all are kept alike), "evict" (of each group the
+            share `keep` is, at `bits_k` and `bits_v`) or "tiered" (each group is sorted into `tiers`).
+        scorer: the plugin by whose scores (see `tqc plugins`), and `scorer_kwargs`, its parameters.
+        keep: for "evict", 1/2 if None; a share of whole pages, as 1/4 or 3/8.
+        tiers: for "tiered", pages and bits of each tier, as "1x4+2x2/4": of each four pages' worth of tokens one page
+            of 4 bits, two of 2 bits, the rest evicted. `budget_bits` chooses them by code bits otherwise.
         provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
         cuda_graphs: record steps whose caches are preallocated as CUDA graphs and replay them; it is what
             `mode="reduce-overhead"` sets (`tqc.explain` says what was not recorded, and why).
@@ -68,6 +76,11 @@ class Config:
     skip_layers: tuple[int, ...] = ()
     widths: Widths | str | os.PathLike[str] | None = None
     budget_bits: float | None = None
+    strategy: str | None = None
+    scorer: str | None = None
+    scorer_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keep: float | None = None
+    tiers: str | None = None
     provider: str = "auto"
     cuda_graphs: bool = False
     rest: str = "inductor"
@@ -95,6 +108,8 @@ class Config:
         if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in self.skip_layers):
             raise TypeError(f"skip_layers must be integers, got {self.skip_layers!r}")
         self._settle_widths()
+        if self.groups and self.off:
+            raise ValueError(f"strategy {self.strategy!r} is for packed caches, and the cache is left dense")
         if not self.off:
             self.formats(64, 64)
 
@@ -103,8 +118,10 @@ class Config:
         if self.budget_bits is not None:
             if isinstance(self.budget_bits, bool) or not isinstance(self.budget_bits, (int, float)):
                 raise TypeError(f"budget_bits must be a number, got {self.budget_bits!r}")
-            if self.widths is None:
+            if self.widths is None and self.strategy != TIERED:
                 raise ValueError(f"budget_bits chooses among widths, so it needs these too; got {self.budget_bits}")
+        if self.widths is not None and self.strategy == TIERED:
+            raise ValueError(f"widths and strategy {TIERED!r} cannot both be given: tiers have their own bits")
         if self.widths is None:
             return
         widths = read_widths(self.widths)
@@ -113,6 +130,11 @@ class Config:
         widths = widths if self.budget_bits is None else widths.solved(self.budget_bits)
         widths.of_rows()
         object.__setattr__(self, "widths", widths)
+
+    @functools.cached_property
+    def groups(self) -> Strategy | None:
+        """The strategy with its scorer; None where all tokens are kept alike."""
+        return make_strategy(self.strategy, self.scorer, self.scorer_kwargs, self.keep, self.tiers, self.budget_bits)
 
     @property
     def off(self) -> bool:
@@ -125,14 +147,24 @@ class Config:
         bits_k, bits_v = self.widths.of_layer(layer, heads, k_head_dim, v_head_dim)
         return dataclasses.replace(self, bits_k=bits_k, bits_v=bits_v, widths=None, budget_bits=None)
 
-    def formats(self, k_head_dim: int, v_head_dim: int, keep: int | None = None) -> tuple[PackedFormat, PackedFormat]:
-        """Formats of keys and values, of `bits_k` and `bits_v` (see `of_layer`). Raises ValueError where a head_dim
-        cannot be packed."""
+    def formats(
+        self, k_head_dim: int, v_head_dim: int, keep: int | None = None, repeats: int | None = 1
+    ) -> tuple[PackedFormat, PackedFormat]:
+        """Formats of keys and values, of `bits_k` and `bits_v` (see `of_layer`).
+
+        Args:
+            repeats: query heads to a head of keys; None where the strategy is left out.
+
+        Raises:
+            ValueError: where a head_dim cannot be packed.
+        """
         shared = (self.sink_tokens, self.residual_window, self.rotation, self.seed)
-        return (
-            PackedFormat(k_head_dim, self.bits_k, True, *shared, keep=keep),
-            PackedFormat(v_head_dim, self.bits_v, False, *shared, keep=keep),
-        )
+        found = []
+        for dim, bits, centred in ((k_head_dim, self.bits_k, True), (v_head_dim, self.bits_v, False)):
+            groups = self.groups.groups(bits, repeats if centred else None) if self.groups and repeats else None
+            width = groups.tiers[0][1] if groups else bits
+            found.append(PackedFormat(dim, width, centred, *shared, keep=keep, groups=groups))
+        return found[0], found[1]
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Config:
@@ -155,7 +187,13 @@ class Config:
             given["skip_layers"] = tuple(given["skip_layers"])
         if given.get("widths") is not None and (uniform := given.keys() & {"bits_k", "bits_v"}):
             raise ValueError(f"{min(uniform)} and widths cannot both be given: widths hold the bits of each layer")
-        return cls(**{**PRESETS[preset], **given})
+        settings = {**PRESETS[preset], **given}
+        if settings.get("strategy") is not None and "residual_window" not in given:
+            least = cls(**{**settings, "residual_window": 1 << 16}).groups
+            settings["residual_window"] = max(
+                settings.get("residual_window", cls.residual_window), least.least_window if least else 0
+            )
+        return cls(**settings)
 
 
 def options_of_mode(mode: str | None) -> dict[str, Any]:

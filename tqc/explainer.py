@@ -11,6 +11,7 @@ import torch
 from tqc import recompiles
 from tqc.backend import tqai
 from tqc.cache.io import cache_bytes
+from tqc.cache.packed_tensor import PackedTensor
 from tqc.inner_models import Calls, generate_of
 from tqc.optimized_module import options_of
 from tqc.report import Explanation, collect
@@ -63,6 +64,7 @@ def explain(
         explanation.tokens = sum(int(half.get_seq_length()) for half in halves)
         explanation.cache_bytes = cache_bytes(cache)
         explanation.dense_bytes = sum(map(_dense_bytes, halves))
+        explanation.notes += _evicted(halves, explanation.tokens)
     explanation.note_actions(any(plan.unread for plan in plans))
     return explanation
 
@@ -89,6 +91,14 @@ def _halves(cache: Any) -> list[Any]:
     """The caches of an encoder-decoder's self and cross attention; any other cache itself."""
     halves = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     return [half for half in halves if half is not None] or [cache]
+
+
+def _evicted(caches: list[Any], tokens: int) -> list[str]:
+    """How many tokens were evicted, where some were."""
+    layers = [layer for cache in caches for layer in getattr(cache, "layers", [])]
+    packed = [keys for layer in layers if isinstance(keys := getattr(layer, "keys", None), PackedTensor)]
+    counts = sorted({keys.evicted_tokens for keys in packed} - {0})
+    return [f"of {tokens} tokens {' or '.join(map(str, counts))} were evicted, by each head its own"] if counts else []
 
 
 def _dense_bytes(cache: Any) -> int:

@@ -17,6 +17,8 @@ def supports(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, devic
         return f"runs on cpu, not on {device_type}"
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {dtype}"
+    if k_fmt.groups or v_fmt.groups:
+        return "takes no groups of tokens"
     for fmt in (k_fmt, v_fmt):
         if fmt.head_dim > MAX_HEAD_DIM:
             return f"takes a head_dim of at most {MAX_HEAD_DIM}, not {fmt.head_dim}"

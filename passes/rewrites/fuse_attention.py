@@ -15,6 +15,7 @@ from tqc.passes.finders.site import Mask
 from tqc.passes.graph import writers
 from tqc.passes.masks import combine_masks
 from tqc.passes.plan import FUSE, Plan, Site
+from tqc.passes.scores import score_tokens
 from tqc.torch_private import MODULE_STACK
 
 
@@ -36,6 +37,8 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
     ways, the second extends a `fork` of it. A cache that keeps the last tokens alone (`keys[:, :, -511:]` is returned)
     does so by its format: `extend` drops what leaves it, and a second site looks at a `fork` from before.
 
+    Where the format has groups, `score` stands between the two and `extend` takes what it gives (see `pack_cache`).
+
     Must run before `pack_cache` and `read_cache`: it needs the cache writes as the model spelled them.
     """
     sites = plan.with_action(FUSE)
@@ -56,9 +59,10 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
                         cache.past = insert(gm.graph, ops.fork, cache.past)
             out = _attend(gm.graph, site, mask, stored)
             out.meta[MODULE_STACK] = output.meta.get(MODULE_STACK)
+            scored = _score(gm.graph, site, mask, out, stored)
             for cache in (site.key, site.value):
                 if cache.kind != "read" and cache.node not in stored:
-                    stored[cache.node] = _store(gm.graph, site, cache, mask, out.args[0])
+                    stored[cache.node] = _store(gm.graph, site, cache, mask, out.args[0], scored)
                     consumed.setdefault(cache.past, out)
             if example(output).dim() == 3:
                 out = insert(gm.graph, "reshape", out, (-1, size(gm.graph, out, 2), size(gm.graph, out, 3)))
@@ -108,10 +112,23 @@ def _attend(graph: Graph, site: Site, mask: Node | None, stored: dict[Node, Node
     return site.mark(insert(graph, ops.attend, *operands, **how))
 
 
-def _store(graph: Graph, site: Site, cache: CacheWrite, mask: Node | None, query: Node) -> Node:
+def _score(graph: Graph, site: Site, mask: Node | None, out: Node, stored: dict[Node, Node]) -> dict[str, Node]:
+    """What `extend` of keys takes of the new tokens' scores; nothing where the format has no groups."""
+    key, val = site.key, site.value
+    assert key and val and site.k_fmt
+    if not site.k_fmt.groups or key.kind != "grow" or key.node in stored:
+        return {}
+    return score_tokens(graph, site, out.args[0], key.new, val.new, key.past, val.past, attn_mask=mask)
+
+
+def _store(
+    graph: Graph, site: Site, cache: CacheWrite, mask: Node | None, query: Node, scored: dict[str, Node]
+) -> Node:
     if cache.kind == "grow":
-        balanced = {"query": query} if cache is site.key else {}
-        return site.mark(insert(graph, ops.extend, cache.past, cache.new, **balanced))
+        how = {"query": query, **scored}
+        if cache is site.value:
+            how = {name: node for name, node in how.items() if name == "score"}
+        return site.mark(insert(graph, ops.extend, cache.past, cache.new, **how))
     return site.mark(insert(graph, ops.write, cache.past, cache.new, cache.positions, mask, cache.counted))
 
 

@@ -11,6 +11,7 @@ from tqc.passes.edit import insert, query_of, size, update_input
 from tqc.passes.finders.cache import CacheWrite
 from tqc.passes.masks import combine_masks
 from tqc.passes.plan import PACK, Plan, Site
+from tqc.passes.scores import score_tokens
 
 
 def pack_cache(gm: GraphModule, plan: Plan) -> int:
@@ -30,6 +31,10 @@ def pack_cache(gm: GraphModule, plan: Plan) -> int:
     A cache that holds dense tokens already (`cat([past, key])`) is packed whole: attention reads it dense this once.
     So is a preallocated one that starts in this graph (`zeros`, then `index_copy_`). One that the caller allocated is
     packed by `adopt` behind its last dense use, and `update` says so at the end of the graph.
+
+    Where the format has groups, `score` says which of their tokens are kept, and both packs follow it:
+        scored = score(key, value, query, spec)
+        return (pack(key, spec, query=query, score=scored[0], ...), pack(value, spec, score=scored[0]), f(out))
     """
     sites = plan.with_action(PACK)
     packed: dict[Node, Node] = {}
@@ -38,20 +43,35 @@ def pack_cache(gm: GraphModule, plan: Plan) -> int:
         if site.key.kind == "write" and not site.key.allocated_here:
             _adopt(gm, site)
             continue
+        scored = _score(gm, site)
         for write, fmt in ((site.key, site.k_fmt), (site.value, site.v_fmt)):
             if write.node not in packed:
-                packed[write.node] = _pack(gm, site, write, str(fmt))
+                packed[write.node] = _pack(gm, site, write, str(fmt), scored)
     return len(sites)
 
 
-def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str) -> Node:
+def _score(gm: GraphModule, site: Site) -> dict[str, Node]:
+    """What `pack` of keys takes of their scores; nothing where the format has no groups."""
+    assert site.key and site.value and site.k_fmt
+    if not site.k_fmt.groups:
+        return {}
+    with gm.graph.inserting_before(site.attention.output.next):
+        mask = combine_masks(gm.graph, site.attention, size(gm.graph, site.key.new, 2))
+        query = query_of(gm.graph, site.attention)
+        return score_tokens(gm.graph, site, query, site.key.new, site.value.new, attn_mask=mask)
+
+
+def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str, scored: dict[str, Node]) -> Node:
     dense = write.node if write.kind == "grow" and write.past is not None else write.new
     assert dense is not None
     # Right behind the attention, so that the dense keys and values of a layer can go before the next one runs.
-    with gm.graph.inserting_before(site.attention.output.next):
+    last = scored["state_rows"] if scored else site.attention.output
+    with gm.graph.inserting_before(last.next):
         where = (write.positions, size(gm.graph, write.past, 2)) if write.kind == "write" else ()
-        balanced = {"query": query_of(gm.graph, site.attention)} if write is site.key else {}
-        packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where, **balanced))
+        how = {"query": query_of(gm.graph, site.attention), **scored}
+        if write is site.value:
+            how = {name: node for name, node in how.items() if name == "score"}
+        packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where, **how))
     for source in filter(None, (write.leaves, write.operation)):
         source.replace_all_uses_with(packed, lambda user: user.op == "output")
     if write.kind == "grow" and dense is not write.node:

@@ -12,7 +12,7 @@ from tqc.ops import Op, example, is_packed
 from tqc.passes.edit import insert, size, update_input
 from tqc.passes.finders.cache import CacheWrite, find_cache, find_write
 from tqc.passes.graph import MEASURES, calls, is_in_place, writers
-from tqc.passes.plan import READ, Plan, Site
+from tqc.passes.plan import EVICTED, READ, Plan, Site
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ def read_cache(gm: GraphModule, plan: Plan) -> int:
     Must run last: the other passes turn reads into fused ones. The sites where this happens are correct but slow, and
     the plan says why they were not understood.
     """
+    for node in gm.graph.nodes:
+        if is_packed(node) and example(node).fmt.groups and not is_in_place(node) and (users := _torch_users(node)):
+            raise NotImplementedError(f"{users[0].name} {EVICTED}")
     caches = [node for node in gm.graph.nodes if is_packed(node) and not is_in_place(node) and _torch_users(node)]
     sites = {write.past: site for site in plan.with_action(READ) for write in (site.key, site.value) if write}
     for cache in caches:

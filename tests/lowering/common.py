@@ -107,8 +107,11 @@ def draw_keep(data, length, sink_tokens):
     return None if begin is None else max(1, length - begin)
 
 
-def draw_mask(data, batch, heads, rows, columns, generator):
-    kind = data.draw(st.sampled_from(["none", "none", "bool", "float", "model dtype", "wide", "all false"]))
+MASKS = ("none", "none", "bool", "float", "model dtype", "wide", "all false")
+
+
+def draw_mask(data, batch, heads, rows, columns, generator, kinds=MASKS):
+    kind = data.draw(st.sampled_from(kinds))
     if kind == "none":
         return None
     if kind == "wide":
@@ -125,16 +128,16 @@ def draw_mask(data, batch, heads, rows, columns, generator):
     return mask
 
 
-def draw_arguments(data, k_fmt, v_fmt, length, rows, device="cpu", *, batch, heads, group):
+def draw_arguments(data, k_fmt, v_fmt, length, rows, device="cpu", *, batch, heads, group, dtypes=DTYPES, masks=MASKS):
     """Of `attend`: everything that formats and sizes leave open."""
-    dtype = data.draw(st.sampled_from(DTYPES))
+    dtype = data.draw(st.sampled_from(dtypes))
     new = data.draw(st.sampled_from([-1, 0, rows, rows, rows, 2 * rows + 1]))
     begin = k_fmt.first_held(length)
     back = [max(begin, position) for position in (length - 50, length // 2)]
     start = data.draw(st.sampled_from([None, None, length, *back, length + 11]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     columns = (length if start is None else start) - begin + max(new, 0)
-    mask = draw_mask(data, batch, heads * group, rows, columns, generator)
+    mask = draw_mask(data, batch, heads * group, rows, columns, generator, masks)
     sinks = torch.randn(heads * group, generator=generator).to(device, dtype)
     return arguments(
         k_fmt,

@@ -79,6 +79,7 @@ def test_large_scores(triton_device, bits):
     check_large_scores(kernels.attend, bits, triton_device)
 
 
+@pytest.mark.extended
 def test_prefill_takes_several_blocks_of_rows(triton_device):
     check(arguments(*formats(3, 2, 32), 120, triton_device, rows=150))
 

@@ -76,7 +76,7 @@ def test_decoding_compiles(arch, case, tmp_path):
         check(row)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "arch,case",
     [(80, "decode d128 k3v3"), (89, "decode d256 k4v4"), (90, "chunk d128 k4v2"), (80, "read d256 k4v2"),

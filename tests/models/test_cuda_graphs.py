@@ -55,7 +55,7 @@ def steps(
     "behind,capacity,packed",
     [
         (PROMPT, 96, 64),  # a page is packed while it replays
-        (33, 96, 32),  # the first one is
+        pytest.param(33, 96, 32, marks=pytest.mark.extended),  # the first one is
         (8, 30, 0),  # there is room for no page
     ],
 )
@@ -137,6 +137,7 @@ def test_a_weight_that_moves_is_recorded_anew(fake_cuda: Any) -> None:  # noqa: 
     torch.testing.assert_close(doubled[:, -1], expected[:, -1], rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
+@pytest.mark.extended
 def test_many_signatures_do_not_pile_up(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(cuda_graphs, "MAX_SIGNATURES", 1)
     model = small()

@@ -28,7 +28,7 @@ def decode(model: Any, cache: Any, **compile_options: Any) -> tuple[torch.Tensor
     return logits, plans
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("dynamic", [None, True, pytest.param(False, marks=pytest.mark.extended)])
 def test_two_models_of_one_class_that_differ_in_scale(dynamic: bool | None) -> None:
     """A draft and a target model are such a pair: the second one's scale is a symbolic float to dynamo."""
     for head_dim in (16, 32, 16):

@@ -35,12 +35,11 @@ def decode(model: Any, name: str) -> tuple[torch.Tensor, Any]:
     "name, attn",
     [
         ("t5", "eager"),
-        *(pytest.param("t5", "sdpa", marks=pytest.mark.slow), pytest.param("bart", "eager", marks=pytest.mark.slow)),
+        ("whisper", "sdpa"),
         *(
-            pytest.param("bart", "sdpa", marks=pytest.mark.slow),
-            pytest.param("whisper", "sdpa", marks=pytest.mark.slow),
+            pytest.param(name, attn, marks=pytest.mark.extended)
+            for name, attn in (("t5", "sdpa"), ("bart", "eager"), ("bart", "sdpa"), ("whisper", "eager"))
         ),
-        pytest.param("whisper", "eager", marks=pytest.mark.slow),
     ],
 )
 def test_self_and_cross_attention(name: str, attn: str) -> None:
@@ -54,8 +53,7 @@ def test_self_and_cross_attention(name: str, attn: str) -> None:
     assert_caches_close(ours, theirs, 0.1, packed=4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.extended), 2])
 def test_generate(beams: int) -> None:
     model = FAMILIES["t5"].build("sdpa")
     settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}

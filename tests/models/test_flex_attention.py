@@ -18,8 +18,7 @@ from tqc.passes.plan import DENSE, FUSE
 TOKENS = 208
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.extended), True])
 def test_model(padded: bool) -> None:
     model = FAMILIES["llama"].build("flex_attention")
     # The same weights: outside of our graphs transformers compiles flex_attention itself, which fails on some CPUs.

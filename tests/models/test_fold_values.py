@@ -35,9 +35,10 @@ def folds(cache: Any) -> list[bool]:
     "name, attn, tolerance",
     [
         ("llama", "sdpa", 1e-5),
-        ("qwen2", "sdpa", 2e-3),  # bias on values; its large keys sit on boundaries between codes, which rounding tips
+        # Bias on values; its large keys sit on boundaries between codes, which rounding tips.
+        pytest.param("qwen2", "sdpa", 2e-3, marks=pytest.mark.extended),
         ("phi3", "sdpa", 1e-5),  # one layer for queries, keys and values
-        ("gemma2", "eager", 1e-5),
+        pytest.param("gemma2", "eager", 1e-5, marks=pytest.mark.extended),
     ],
 )
 def test_models(name: str, attn: str, tolerance: float) -> None:
@@ -60,7 +61,14 @@ def llama() -> Any:
     return FAMILIES["llama"].build("sdpa")
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_beams": 2},
+        *(pytest.param(kwargs, marks=pytest.mark.extended) for kwargs in ({}, {"prompt_lookup_num_tokens": 3})),
+    ],
+    ids=str,
+)
 def test_generate(llama: Any, kwargs: dict[str, Any]) -> None:
     ids = prompt(1, 16).repeat(1, 5)
 
@@ -73,7 +81,7 @@ def test_generate(llama: Any, kwargs: dict[str, Any]) -> None:
     assert all(folds(actual.past_key_values))
 
 
-@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+@pytest.mark.parametrize("first, then", [(True, False), pytest.param(False, True, marks=pytest.mark.extended)])
 def test_a_cache_of_one_kind_in_a_graph_of_the_other(llama: Any, first: bool, then: bool, tmp_path: Path) -> None:
     """Saved, loaded, copied, cropped, and grown by a graph with the other option, and by the model uncompiled."""
     ids, tail = prompt(2, 80), prompt(2, 7, seed=1)
@@ -159,6 +167,7 @@ def test_folded_weights_are_shared_by_graphs_and_go_with_their_weights() -> None
     assert not made & folded_weights._folded.keys()
 
 
+@pytest.mark.extended
 def test_regions_are_still_shared(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[bool, list[int]] = {}
     for on in (False, True):
@@ -176,7 +185,7 @@ def test_regions_are_still_shared(llama: Any, monkeypatch: pytest.MonkeyPatch) -
     assert found[True] == found[False]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_with_inductor(llama: Any) -> None:
     expected, theirs, _ = decode(llama, rest="inductor")
     actual, ours, _ = decode(llama, rest="inductor", fold_values=True)

@@ -58,7 +58,7 @@ def test_generate(llama: Any, kwargs: dict[str, Any]) -> None:
     compare(llama, prompt(2, 80), **kwargs)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.extended)])
 def test_left_padding(attn: str) -> None:
     ids = prompt(2, 80)
     mask = torch.ones_like(ids)

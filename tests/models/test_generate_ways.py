@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -124,7 +125,10 @@ def test_caches_that_stay_dense(name, caplog):
 def test_generate_batch_says_that_it_stays_dense(caplog):
     model = llama()
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    (result,) = model.generate_batch([prompt(1, 40)[0].tolist()], generation_config=config).values()
+    batching = transformers.ContinuousBatchingConfig(
+        page_size=16, num_blocks=8, max_batch_tokens=64, max_requests_per_batch=2
+    )
+    (result,) = model.generate_batch([prompt(1, 40)[0].tolist()], config, batching, warmup=False).values()
     assert result.generated_tokens == llama(compiled=False).generate(prompt(1, 40), max_new_tokens=3)[0, -3:].tolist()
     assert len(told(caplog)) == 1 and "generate_batch" in told(caplog)[0]
 

@@ -12,8 +12,8 @@ from tqc.passes.plan import FUSE
 @pytest.mark.parametrize(
     "name",
     [
-        "lfm2",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("jamba", "qwen3_next", "bamba", "gemma3n")),
+        *("lfm2", "qwen3_next"),
+        *(pytest.param(name, marks=pytest.mark.extended) for name in ("jamba", "bamba", "gemma3n")),
     ],
 )
 def test_attention_layers_are_packed(name: str) -> None:

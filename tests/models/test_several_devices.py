@@ -40,7 +40,7 @@ def test_each_process_packs_its_own_heads(by_case, case):
     assert found["actions"] == [[FUSE] * 2] * PROCESSES
 
 
-@pytest.mark.parametrize("place, in_place", [("cpu", True), ("disk", False)])
+@pytest.mark.parametrize("place, in_place", [("cpu", True), pytest.param("disk", False, marks=pytest.mark.extended)])
 def test_offloaded_weights(tiny_model_folder, tmp_path, place, in_place):
     """As `device_map="auto"` leaves a model that does not fit: hooks bring a layer's weights when it runs."""
     accelerate = pytest.importorskip("accelerate")

@@ -13,7 +13,7 @@ from tqc.passes.plan import FUSE, PACK
 
 FAST = ["codegen", "gpt_neo", "bloom", "trocr"]
 SLOW = ["xglm", "falcon_alibi", "mpt"]
-NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.extended) for name in SLOW)]
 
 
 def generate(model: Any, padded: int = 0, **settings: Any) -> Any:
@@ -41,7 +41,7 @@ def test_generate(name: str, padded: int) -> None:
         assert_caches_close(ours, theirs, 0.05, packed=2)
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", pytest.param("bloom", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gpt_neo", pytest.param("bloom", marks=pytest.mark.extended)])
 def test_static_cache(name: str) -> None:
     """Masks of all kinds say which columns of a preallocated cache are visible."""
     model = FAMILIES[name].build("eager")

@@ -22,7 +22,7 @@ def make(model: Any, early: bool = False) -> StaticCache:
     return cache
 
 
-@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("when", ["lazy", "early", "eager prefill"])
 def test_static_cache(attn: str, when: str) -> None:
     model = FAMILIES["llama"].build(attn)

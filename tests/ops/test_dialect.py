@@ -52,9 +52,9 @@ def contents(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
 
 
 class TestEveryOp:
-    def test_there_are_eleven(self):
+    def test_there_are_twelve(self):
         assert {op.__name__ for op in OPS} == {
-            "adopt", "attend", "extend", "fold", "fork", "pack", "read", "rewind", "unfold", "update", "write"
+            "adopt", "attend", "extend", "fold", "fork", "pack", "read", "rewind", "score", "unfold", "update", "write"
         }  # fmt: skip
 
     @pytest.mark.parametrize("op", OPS, ids=repr)
@@ -77,7 +77,10 @@ class TestEveryOp:
         assert all(f"{name}: " in op.schema for name in op.signature.parameters)
 
     def test_schema(self):
-        assert tqc.ops.extend.schema == "extend(cache: Packed, new: Tensor, query: Tensor | None = None) -> Packed"
+        assert tqc.ops.extend.schema == (
+            "extend(cache: Packed, new: Tensor, query: Tensor | None = None, score: Tensor | None = None, "
+            "state_rows: Tensor | None = None) -> Packed"
+        )
         assert tqc.ops.rewind.schema == "rewind(cache: Packed, length: int) -> Packed"
 
 

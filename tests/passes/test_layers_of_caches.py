@@ -95,7 +95,9 @@ def test_layers_without_a_cache_do_not_count(skip: list[int], dense: set[int]) -
     assert layers_with(plans, PACK, FUSE) == [{0, 1} - dense] * 2
 
 
-@pytest.mark.parametrize("skip, dense", SKIPS[:3])
+@pytest.mark.parametrize(
+    "skip, dense", [SKIPS[0], *(pytest.param(*skip, marks=pytest.mark.extended) for skip in SKIPS[1:3])]
+)
 def test_the_same_layers_are_skipped_in_all_graphs(skip: list[int], dense: set[int]) -> None:
     plans, cache = generate(FAMILIES["llama"].build("sdpa"), source(), skip_layers=skip)
     found = layers_with(plans, PACK, FUSE)
@@ -104,7 +106,7 @@ def test_the_same_layers_are_skipped_in_all_graphs(skip: list[int], dense: set[i
     assert all(site.reason == SKIPPED for plan in plans for site in plan.with_action(DENSE))
 
 
-@pytest.mark.parametrize("skip, dense", [([0], {0}), ([-1], {1})])
+@pytest.mark.parametrize("skip, dense", [([-1], {1}), pytest.param([0], {0}, marks=pytest.mark.extended)])
 def test_a_decoders_self_and_cross_attention_are_one_layer(skip: list[int], dense: set[int]) -> None:
     plans, cache = generate(FAMILIES["t5"].build("sdpa"), source(), skip_layers=skip)
     assert all(packed == {0, 1} - dense for packed in layers_with(plans, PACK, FUSE))

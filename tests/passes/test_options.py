@@ -54,7 +54,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         function(torch.ones(2))
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_off_is_inductor_bit_for_bit() -> None:
     model = FAMILIES["llama"].build("sdpa")
     ids = prompt(1, 83)
@@ -72,7 +72,12 @@ def test_off_is_inductor_bit_for_bit() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, attn, static", [("llama", "sdpa", False), ("gpt_oss", "eager", False), ("llama", "sdpa", True)]
+    "name, attn, static",
+    [
+        ("llama", "sdpa", False),
+        ("llama", "sdpa", True),
+        pytest.param("gpt_oss", "eager", False, marks=pytest.mark.extended),
+    ],
 )
 def test_with_inductor(name: str, attn: str, static: bool) -> None:
     """The rest of the graph compiled: the same logits as with it run as it is."""

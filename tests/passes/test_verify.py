@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Step], Node], str]] = {
         "missing a required argument: 'new'",
     ),
     "too many operands": (
-        lambda s: s.raw(ops.extend, s.keys, s.new, None, None, held=extended()),
+        lambda s: s.raw(ops.extend, s.keys, s.new, *[None] * 4, held=extended()),
         "too many positional arguments",
     ),
     "a name that the op has not": (

@@ -165,8 +165,8 @@ class CacheFile:
             # It was first written without the pages that a preallocated cache has room for.
             pages = pages if self._part(f"{name}.pages")[0][2:3] == [pages] else numbers.held_pages
         self._expect(f"{name}.dense", [batch, heads, rows, fmt.head_dim], dtype)
-        self._expect(f"{name}.pages", [batch, heads, pages, fmt.page_bytes], "U8")
-        page_bytes = batch * heads * fmt.page_bytes
+        self._expect(f"{name}.pages", [batch, heads, pages, fmt.block_bytes], "U8")
+        page_bytes = batch * heads * fmt.block_bytes
         row_bytes = batch * heads * fmt.head_dim * DENSE_DTYPES[dtype].itemsize
         self.needed += numbers.num_pages * page_bytes + max(MIN_ROWS, numbers.rows) * row_bytes
         self.room += max(0, numbers.num_pages - max(1, pages)) * page_bytes + (0 if rows else MIN_ROWS * row_bytes)
@@ -302,7 +302,7 @@ def _format(spec: str, version: int, name: str) -> PackedFormat:
         fmt = PackedFormat.parse(now)
     except ValueError as error:
         raise CacheFileError(f"has a spec for {name} that cannot be read: {error}") from None
-    if str(fmt) != now or (version == 1 and fmt.keep is not None):
+    if str(fmt) != now or (version == 1 and (fmt.keep is not None or fmt.groups is not None)):
         raise CacheFileError(f"has a malformed spec for {name}: {spec!r}")
     return fmt
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.cache.storage import Append, Storage
+from tqc.cache.storage import Append, Scored, Storage
 from tqc.cache.views import Views, family, hold, view, writable
 from tqc.format import PackedFormat
 from tqc.format.quantizer import fold
+from tqc.ops import planes
 from tqc.ops.library import ops as library
 from tqc.torch_private import (
     DYNAMIC_SIZES,
@@ -27,6 +28,7 @@ from tqc.torch_private import (
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 _LENGTH = {2}  # the dimension that varies in a growing cache
+_SCORES = "a scorer sorts its tokens, which needs the queries of attention"
 _PACKED_ANEW = "a packed tensor is written elsewhere than at its end: each such write packs it anew, slowly"
 
 
@@ -132,9 +134,30 @@ class PackedTensor(torch.Tensor):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
         return _select_rows(self, torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats))
 
+    @property
+    def evicted_tokens(self) -> int:
+        """How many of its tokens each head has evicted."""
+        groups = self.fmt.groups
+        if groups is None:
+            return 0
+        packed = min(self.packed_storage.packed, max(0, self.end - self.fmt.sink_tokens))
+        return packed // groups.tokens * (groups.tokens - groups.kept)
+
+    def whole(self, what: str) -> PackedTensor:
+        """Itself, where all of its tokens are held.
+
+        Raises:
+            NotImplementedError: if some were evicted, so that `what` would take zeros for them.
+        """
+        if self.fmt.evicts and not _is_fake((self,)) and self.packed_storage.packed:
+            raise NotImplementedError(
+                f"{what} would take zeros for tokens that were evicted from this cache; .dequantize() gives them so"
+            )
+        return self
+
     def dequantize(self) -> Tensor:
-        """Dense copy, [batch, heads, length, head_dim] in this tensor's dtype."""
-        return library.read(self.pages, self.dense, self.state, self.shape[2], self.fmt.spec)
+        """Dense copy, [batch, heads, length, head_dim] in this tensor's dtype; zeros where tokens were evicted."""
+        return library.read(self.codes, self.dense, self.state, self.shape[2], self.fmt.spec)
 
     def packed_nbytes(self) -> int:
         """Bytes held: codes, scales, centres, sinks, window and spare capacity."""
@@ -151,6 +174,7 @@ class PackedTensor(torch.Tensor):
         return self.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self.whole("pickle")
         log.warning("a packed tensor is pickled as a dense one; tqc.save_cache(cache, path) keeps a cache packed")
         return self.dequantize().__reduce_ex__(protocol)
 
@@ -182,7 +206,7 @@ class PackedTensor(torch.Tensor):
                 if _is_fake(args):  # being traced: `read_cache` gives the op dense tokens
                     return args[0]
                 raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
-        args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.dequantize, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(PackedTensor, lambda x: x.whole(f"{func}").dequantize(), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -214,6 +238,8 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return NotImplemented
     if any(t.device != first.device for t in rest) or first.fmt.keep is not None:
         return NotImplemented
+    if first.fmt.groups:
+        raise NotImplementedError(f"tokens are appended to a cache by compiled calls alone where {_SCORES}")
     new = torch.cat([t.dequantize() if isinstance(t, PackedTensor) else t for t in rest], dim=2)
     return extend(first, fold(new, first.fmt))
 
@@ -234,23 +260,33 @@ def _cat_rows(tensors: list[Any]) -> Any:
 
 
 def extend(
-    past: PackedTensor, new: Tensor, append: Append = library.append, query: Tensor | None = None
+    past: PackedTensor,
+    new: Tensor,
+    append: Append = library.append,
+    query: Tensor | None = None,
+    scored: Scored = (),
 ) -> PackedTensor:
     """`past` with the tokens of `new`, [batch, heads, n, head_dim], behind it; in place where nobody reads further.
 
-    Here and below, new tokens come as the format holds them: rotated where it is folded; `query` is as in
-    `tqc.ops.pack`.
+    Here and below, new tokens come as the format holds them: rotated where it is folded; `query` and `scored` are as in
+    `Storage.holding`.
     """
     count = new.shape[2]
     storage = past.room_behind(count)
     storage.balance(new, query)
-    storage.append(new, count, None, append)
+    storage.append(new, count, None, append, query, scored)
     return PackedTensor.up_to(storage, past.end + count)
 
 
-def pack(new: Tensor, fmt: PackedFormat, append: Append = library.append, query: Tensor | None = None) -> PackedTensor:
+def pack(
+    new: Tensor,
+    fmt: PackedFormat,
+    append: Append = library.append,
+    query: Tensor | None = None,
+    scored: Scored = (),
+) -> PackedTensor:
     """Pack dense keys or values, [batch, heads, n, head_dim]."""
-    return PackedTensor.up_to(Storage.holding(new, fmt, new.shape[2], append, query), new.shape[2])
+    return PackedTensor.up_to(Storage.holding(new, fmt, new.shape[2], append, query, scored), new.shape[2])
 
 
 @_handles(aten.slice.Tensor)
@@ -261,6 +297,8 @@ def _slice(x: PackedTensor, dim: int = 0, start: int | None = None, end: int | N
     if start == 0 and end == x.shape[dim]:
         return _view_of_all(x)
     if dim in (2, -2) and start == 0 and end > 0:
+        if reason := planes.why_not_rewound(x.packed_storage.packed, x.begin + end, x.fmt):
+            raise NotImplementedError(reason)
         return view(x, PackedTensor(x.packed_storage, end, x.begin))
     if dim in (0, -4):
         return view(x, _select_rows(x, torch.arange(start, max(start, end), device=x.device)))
@@ -373,7 +411,7 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
         if consecutive and (first < 0 or end > x.shape[2]):
             raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
         held = max(member._stored() for member in family(x)) - x.begin
-        if consecutive and source.dtype == x.dtype and end >= held and x.fmt.keep is None:
+        if consecutive and source.dtype == x.dtype and end >= held and x.fmt.keep is None and not x.fmt.groups:
             writable(x)
             write_at(x, fold(source, x.fmt), index)
             return x
@@ -400,6 +438,8 @@ def rewrite(x: PackedTensor, write: Callable[[Tensor], Any], stored: int | None 
         stored: behind how many tokens there are none but zeros; all may be others if None.
     """
     members = family(x)
+    if x.fmt.groups:
+        raise NotImplementedError(f"a cache is not written elsewhere than at its end where {_SCORES}")
     length = max(member.shape[2] for member in members)
     dense = kernels.read(x.pages, x.dense, x.state, length, x.fmt.spec)
     write(dense[:, :, : x.shape[2]])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PackedFormat
 from tqc.ops import planes
 from tqc.torch_private import mark_dynamic
 
@@ -24,6 +24,8 @@ MIN_ROWS = 2
 
 
 Append = Callable[..., None]
+# (`score`, `state_rows`) of `tqc.ops.pack`, or nothing where the format has no groups.
+Scored = tuple[Tensor, Tensor | None] | tuple[()]
 
 
 class Storage:
@@ -60,26 +62,33 @@ class Storage:
         cls, batch: int, heads: int, fmt: PackedFormat, dtype: torch.dtype, device: torch.device, tokens: int
     ) -> Storage:
         """Empty storage with room for `tokens` tokens."""
-        pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.page_bytes, dtype=torch.uint8, device=device)
+        pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.block_bytes, dtype=torch.uint8, device=device)
         dense = fmt.empty_dense(batch, heads, max(MIN_ROWS, fmt.rows_for(tokens)), dtype, device)
         return cls(pages, dense, torch.zeros(3, dtype=torch.int64, device=device), fmt, 0, 0, 0)
 
     @classmethod
     def holding(
-        cls, new: Tensor, fmt: PackedFormat, tokens: int, append: Append, query: Tensor | None = None
+        cls,
+        new: Tensor,
+        fmt: PackedFormat,
+        tokens: int,
+        append: Append,
+        query: Tensor | None = None,
+        scored: Scored = (),
     ) -> Storage:
-        """Storage with room for `tokens` tokens that holds those of `new`; `query` is as in `tqc.ops.pack`."""
+        """Storage with room for `tokens` tokens that holds those of `new`; `query` and `scored` are `query` and
+        (`score`, `state_rows`) of `tqc.ops.pack`."""
         batch, heads, count, _ = new.shape
         storage = cls.allocate(batch, heads, fmt, new.dtype, new.device, tokens)
         storage.balance(new, query)
-        storage.append(new, count, None, append)
+        storage.append(new, count, None, append, query, scored)
         return storage
 
     @property
     def pages(self) -> Tensor:
         if self._pages is None:
             batch, heads, count = self.codes.shape
-            page_bytes = self.fmt.page_bytes
+            page_bytes = self.fmt.block_bytes
             self._pages = self.codes.view(batch, heads, count // page_bytes, page_bytes)
         return self._pages
 
@@ -145,7 +154,7 @@ class Storage:
             spare = 0 if needed < _FEW_PAGES else max(1, needed // _GROWTH)
             batch, heads, _, page_bytes = self.pages.shape
             number = min(needed + spare, self.fmt.ring_pages or needed + spare)
-            pages, last = self.pages.new_empty(batch, heads, number, page_bytes), self.packed // PAGE_TOKENS
+            pages, last = self.pages.new_empty(batch, heads, number, page_bytes), self.packed // self.fmt.block_tokens
             if last <= present:
                 pages[:, :, :last] = self.pages[:, :, :last]
             else:
@@ -172,7 +181,9 @@ class Storage:
             storage = self.copy(end)
         storage._start_at(begin)
         storage.reserve(end + count)
-        if gap := end - storage.length:
+        if (gap := end - storage.length) and self.fmt.groups:
+            raise NotImplementedError("a cache with groups of tokens has no gap in it that could be filled")
+        if gap:
             batch, heads, _, dim = storage.dense.shape
             zeros = storage.dense.new_zeros(batch, heads, gap, dim)
             storage.append(zeros, gap, None, planes.append)
@@ -182,17 +193,33 @@ class Storage:
         """Whether tokens that are still read are lost on the way to position `end`: pages take the place of theirs, or
         they leave the ring for a page that is not stored, since the window has passed it."""
         packed = self.fmt.packed_tokens(end, self.packed)
-        lost = packed // PAGE_TOKENS - max(self.pages.shape[2], self.fmt.pages_for(end))
-        passed = min(packed, self.fmt.first_held(end, self.begin) - self.fmt.sink_tokens) // PAGE_TOKENS
-        if passed > self.packed // PAGE_TOKENS:
+        size = self.fmt.block_tokens
+        lost = packed // size - max(self.pages.shape[2], self.fmt.pages_for(end))
+        passed = min(packed, self.fmt.first_held(end, self.begin) - self.fmt.sink_tokens) // size
+        if passed > self.packed // size:
             lost = max(lost, passed)
-        return lost > 0 and any(tensor.begin < self.fmt.sink_tokens + lost * PAGE_TOKENS for tensor in self.readers())
+        return lost > 0 and any(tensor.begin < self.fmt.sink_tokens + lost * size for tensor in self.readers())
 
-    def append(self, new: Tensor, count: int | None, start: Tensor | None, append: Append) -> None:
+    def append(
+        self,
+        new: Tensor,
+        count: int | None,
+        start: Tensor | None,
+        append: Append,
+        query: Tensor | None = None,
+        scored: Scored = (),
+    ) -> None:
         """Append tokens for which there is room by a kernel; `count` is how many, or None where only the device knows
-        their position."""
+        their position. `query` and `scored` are as in `holding`."""
+        stored = self._length
         with Appending((self,), (count,)):
-            append(self.pages, self.dense, self.state, new, start, self.fmt.spec)
+            append(self.pages, self.dense, self.state, new, start, self.fmt.spec, *scored[:1])
+            self.remember(stored, query, scored)
+
+    def remember(self, stored: int | None, query: Tensor | None, scored: Scored) -> None:
+        """Keep what the scorer of the groups needs later; `stored` is how many tokens there were before."""
+        if scored and scored[1] is not None and query is not None and stored is not None:
+            planes.remember(self.dense, stored, query, scored[1], self.fmt)
 
     def state_behind(self, count: int) -> tuple[int, int, int]:
         """Length, packed and begin once `count` more tokens are stored."""
@@ -235,6 +262,8 @@ class Storage:
         """Drop the tokens from position `end` on, in place; no more are there than before."""
         if end >= self.length:
             return
+        if reason := planes.why_not_rewound(self.packed, end, self.fmt):
+            raise NotImplementedError(reason)
         self._packed = planes.rewind(self.pages, self.dense, self.packed, end, self.fmt)
         self._length = end
         self._write_state()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import MIN_ROWS, Storage
-from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.format import PackedFormat
 
 # No more tokens than this are believed to be in a tensor, or to have been in a sliding window.
 MAX_TOKENS = 1 << 24
@@ -50,7 +50,7 @@ class Stored:
             dropped = f"holds {self.length} of {self.stored} tokens from {self.begin} on"
             return f"{dropped} and keeps {'all' if keep is None else f'the last {keep}'}, which cannot be"
         most = max(0, self.stored - fmt.sink_tokens)
-        if self.packed % PAGE_TOKENS or not fmt.packed_tokens(self.stored) <= self.packed <= most:
+        if self.packed % fmt.block_tokens or not fmt.packed_tokens(self.stored) <= self.packed <= most:
             return f"has {self.packed} of {self.stored} tokens that are packed, which cannot be"
         if fmt.ring_pages is not None and self.held_pages > fmt.ring_pages:
             return f"holds {self.held_pages} pages of a window that has {fmt.ring_pages}"
@@ -62,11 +62,11 @@ class Stored:
 
     @property
     def first_page(self) -> int:
-        return max(0, self.begin - self.fmt.sink_tokens) // PAGE_TOKENS
+        return max(0, self.begin - self.fmt.sink_tokens) // self.fmt.block_tokens
 
     @property
     def held_pages(self) -> int:
-        return max(0, self.packed // PAGE_TOKENS - self.first_page)
+        return max(0, self.packed // self.fmt.block_tokens - self.first_page)
 
     @property
     def pages(self) -> int:
@@ -120,7 +120,7 @@ def loaded(numbers: Stored, pages: Tensor, dense: Tensor, device: torch.device) 
     """The tensor of stored parts, which are copied."""
     fmt, num_pages = numbers.fmt, numbers.num_pages
     batch, heads, rows, _ = dense.shape
-    placed = torch.zeros(batch, heads, num_pages, fmt.page_bytes, dtype=torch.uint8, device=device)
+    placed = torch.zeros(batch, heads, num_pages, fmt.block_bytes, dtype=torch.uint8, device=device)
     placed[:, :, numbers.slots(num_pages).to(device)] = pages[:, :, : numbers.held_pages].to(device)
     held = fmt.empty_dense(batch, heads, max(MIN_ROWS, rows), dense.dtype, device)
     held[:, :, :rows] = dense.to(device)

@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plugins`, `export` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tqc.cli.inputs import BadInput, fitting_widths, flag, given_options, load, load_with_prompt, text_of
+from tqc.cli.onnx import is_exported
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -73,6 +74,13 @@ Widths = Annotated[
 BudgetBits = Annotated[
     float | None, typer.Option(help="With --widths: choose anew, within so many code bits of an element.")
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="What becomes of tokens that leave the window: evict or tiered; else all are kept alike."),
+]
+Scorer = Annotated[str | None, typer.Option(help="With --strategy: which tokens stay (see `tqc plugins`).")]
+Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the share of tokens that stays.")]
+SkipLayers = Annotated[str | None, typer.Option(metavar="N,N", help="Layers whose cache stays dense, as 0,1,-1.")]
 MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -110,15 +118,25 @@ def run(
     residual_window: ResidualWindow = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
-    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    options = given_options(
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
+        *(strategy, scorer, keep, skip_layers),
+    )
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
+    if is_exported(model):
+        _run_exported(str(model), prompt, max_tokens, as_json, {**options, **({"dense": True} if dense else {})})
+        return
     with _status("loading the model") as status:
         loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compile_model, generate
@@ -154,12 +172,19 @@ def compare(
     residual_window: ResidualWindow = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
-    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    options = given_options(
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
+        *(strategy, scorer, keep, skip_layers),
+    )
     with _status("loading the model") as status:
         loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
         from tqc.cli.generate import compare as compare_runs
@@ -183,6 +208,10 @@ def explain(
     model: Model = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     dtype: Dtype = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
@@ -190,7 +219,9 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
-    options = given_options(widths=widths, budget_bits=budget_bits)
+    options = given_options(
+        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+    )
     with _status("loading the model") as status:
         loaded, _, inputs = load_with_prompt(model, dtype, prompt)
         import tqc
@@ -217,6 +248,10 @@ def evaluate(
     ] = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
+    strategy: Strategy = None,
+    scorer: Scorer = None,
+    keep: Keep = None,
+    skip_layers: SkipLayers = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
     numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
@@ -234,7 +269,9 @@ def evaluate(
     from tqc.evaluate.evaluation import evaluate as run_evaluation
     from tqc.evaluate.evaluation import parse_setting
 
-    calibrated = given_options(widths=widths, budget_bits=budget_bits)
+    calibrated = given_options(
+        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+    )
     compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
         for setting in compared:
@@ -331,12 +368,110 @@ def calibrate(
         rich_print(table(found))
 
 
-@app.command()
-def info(as_json: Json = False) -> None:
-    """Versions, kernels, presets and folders."""
-    from tqc.cli.info import describe, tables
+@app.command("plugins")
+def list_plugins(as_json: Json = False) -> None:
+    """The plugins there are: kind, name, paper, parameters."""
+    from tqc.cli.plugins import described, table
 
-    facts = describe()
+    found = described()
+    if as_json:
+        print(json.dumps({"plugins": found}))
+    else:
+        from rich import print as rich_print
+
+        rich_print(table(found))
+
+
+@app.command()
+def export(
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder to write, empty or new.")],
+    model: Model = None,
+    bits_k: BitsK = None,
+    bits_v: BitsV = None,
+    preset: Preset = None,
+    sink_tokens: SinkTokens = None,
+    residual_window: ResidualWindow = None,
+    widths: Widths = None,
+    budget_bits: BudgetBits = None,
+    max_cache_len: Annotated[int, _count("Most tokens of a sequence.", _positive)] = 4096,
+    inline: Annotated[bool, typer.Option("--inline", help="No functions: operators of ONNX alone.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="An error where a cache stays dense.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Leave all caches dense.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run it beside torch and print the differences.")] = False,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a model with its compressed cache as ONNX, for `tqc run -m DIR` and any host of onnxruntime."""
+    options = given_options(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits)
+    if dense and options:
+        raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
+    with _status("loading the model") as status:
+        loaded, tokenizer = load(model, dtype)
+        import tqc
+        from tqc.models import EMBEDDED_NAME
+
+        try:
+            with fitting_widths():
+                tqc.export_onnx(
+                    loaded.cpu(),
+                    out,
+                    tokenizer=tokenizer,
+                    name=model or EMBEDDED_NAME,
+                    max_cache_len=max_cache_len,
+                    inline=inline,
+                    strict=strict,
+                    compress=not dense,
+                    on_step=status.update,
+                    **options,
+                )
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        facts: dict[str, Any] = {"path": out}
+        if check:
+            from tqc.cli.onnx import check as run_check
+
+            status.update("comparing with torch")
+            facts |= run_check(loaded, out, None if dense else options, max_cache_len)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+
+
+def _run_exported(folder: str, prompt: str, max_tokens: int, as_json: bool, options: dict[str, Any]) -> None:
+    if options:
+        raise BadInput(f"--model {folder!r} was exported with its options, so it takes no {flag(next(iter(options)))}")
+    if not prompt.strip():
+        raise BadInput("PROMPT is empty: give some text")
+    from tqc.cli.onnx import generate
+
+    result = generate(folder, prompt, max_tokens, lambda text: None if as_json else print(text, end="", flush=True))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(flush=True)
+        speed = f" ({result['tokens_per_s']:.1f} tokens/s)" if result["tokens_per_s"] else ""
+        line = (
+            f"{result['new_tokens']} tokens in {result['total_s']:.1f} s{speed}, cache {result['cache_bytes']:,} bytes"
+        )
+        _stderr().print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(
+    folder: Annotated[str | None, typer.Argument(help="Folder of `tqc export`, to be shown instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Versions, kernels, presets and folders; or what an exported model is."""
+    if folder is not None:
+        from tqc.cli.onnx import describe, tables
+
+        facts = describe(folder)
+    else:
+        from tqc.cli.info import describe as describe_installation
+        from tqc.cli.info import tables as tables_of_installation
+
+        facts, tables = describe_installation(), tables_of_installation
     if as_json:
         print(json.dumps(facts))
         return

@@ -26,6 +26,10 @@ def given_options(
     residual_window: int | None = None,
     widths: str | None = None,
     budget_bits: float | None = None,
+    strategy: str | None = None,
+    scorer: str | None = None,
+    keep: float | None = None,
+    skip_layers: str | None = None,
 ) -> dict[str, Any]:
     """The backend's options that were given, checked before anything slow starts."""
     given = {
@@ -36,6 +40,10 @@ def given_options(
         "residual_window": residual_window,
         "widths": widths,
         "budget_bits": budget_bits,
+        "strategy": strategy,
+        "scorer": scorer,
+        "keep": keep,
+        "skip_layers": None if skip_layers is None else _layers(skip_layers),
     }
     options = {name: value for name, value in given.items() if value is not None}
     from tqc.config import Config
@@ -51,6 +59,13 @@ def given_options(
             message = re.sub(rf"(?<![\w./'-]){name}(?![\w./-])", flag(name), message)
         raise BadInput(message) from None
     return options
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise BadInput(f"--skip-layers must be numbers of layers, as 0,1,-1; got {text!r}") from None
 
 
 def text_of(file: str | None) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from tqc import ops
 from tqc.cache import packed_tensor, preallocated
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import Appending, Storage
@@ -72,9 +73,14 @@ class Attention(Instruction):
         )  # fmt: skip
         return (out, lse) if self.return_lse else out
 
-    def append(self, k: Storage, v: Storage, key: Tensor, value: Tensor, start: Tensor | None) -> None:
+    def append(
+        self, k: Storage, v: Storage, key: Tensor, value: Tensor, start: Tensor | None, score: Tensor | None = None
+    ) -> None:
         kernels, k_spec, v_spec = self.provider.kernels, k.fmt.spec, v.fmt.spec
-        if self.provider.pairs:
+        if score is not None:
+            kernels.append(k.pages, k.dense, k.state, key, start, k_spec, score)
+            kernels.append(v.pages, v.dense, v.state, value, start, v_spec, score)
+        elif self.provider.pairs:
             kernels.append_pair(k.pages, k.dense, k.state, key, v.pages, v.dense, v.state, value, start, k_spec, v_spec)
         else:
             kernels.append(k.pages, k.dense, k.state, key, start, k_spec)
@@ -99,6 +105,16 @@ class AttendExtend(Attention):
         count, end = key.shape[2], k_cache.end + key.shape[2]
         k, v = k_cache.room_behind(count), v_cache.room_behind(count)
         k.balance(key, query)
+        if k.fmt.groups:
+            score, state_rows = ops.score(
+                key, value, query, k.fmt.spec, _planes_of(k), _planes_of(v), attn_mask, self.scale
+            )
+            stored = k.length
+            with Appending((k, v), (count, count)):
+                out = self.attend(query, k, v, key, value, attn_mask, sinks, None)
+                self.append(k, v, key, value, None, score)
+                k.remember(stored, query, (score, state_rows))
+            return out, PackedTensor.up_to(k, end), PackedTensor.up_to(v, end)
         with Appending((k, v), (count, count)):
             out = self.attend(query, k, v, key, value, attn_mask, sinks, None)
             self.append(k, v, key, value, None)
@@ -173,14 +189,20 @@ class Pack(Instruction):
     provider: Provider
     spec: str
 
-    OPERANDS = ("new", "start", "capacity", "query")
+    OPERANDS = ("new", "start", "capacity", "query", "score", "state_rows")
 
     def __call__(
-        self, new: Tensor, start: Tensor | int | None, capacity: int | None, query: Tensor | None
+        self,
+        new: Tensor,
+        start: Tensor | int | None,
+        capacity: int | None,
+        query: Tensor | None,
+        score: Tensor | None,
+        state_rows: Tensor | None,
     ) -> PackedTensor:
         fmt, append = PackedFormat.parse(self.spec), self.provider.kernels.append
         if capacity is None and start is None:
-            return packed_tensor.pack(new, fmt, append, query)
+            return packed_tensor.pack(new, fmt, append, query, () if score is None else (score, state_rows))
         batch, heads, count, _ = new.shape
         capacity = count + int(start or 0) if capacity is None else capacity
         result = PackedTensor(Storage.allocate(batch, heads, fmt, new.dtype, new.device, capacity), capacity)
@@ -195,10 +217,18 @@ class Extend(Instruction):
 
     provider: Provider
 
-    OPERANDS = ("cache", "new", "query")
+    OPERANDS = ("cache", "new", "query", "score", "state_rows")
 
-    def __call__(self, cache: PackedTensor, new: Tensor, query: Tensor | None) -> PackedTensor:
-        return packed_tensor.extend(cache, new, self.provider.kernels.append, query)
+    def __call__(
+        self,
+        cache: PackedTensor,
+        new: Tensor,
+        query: Tensor | None,
+        score: Tensor | None,
+        state_rows: Tensor | None,
+    ) -> PackedTensor:
+        scored = () if score is None else (score, state_rows)
+        return packed_tensor.extend(cache, new, self.provider.kernels.append, query, scored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +346,10 @@ def _mapped(kind: type, function: Any, tree: Any) -> Any:
 
 def _planes(x: PackedTensor) -> Planes:
     return Planes(x.pages, x.dense, x.state, x.fmt, x.shape[2])
+
+
+def _planes_of(storage: Storage) -> Planes:
+    return Planes(storage.pages, storage.dense, storage.state, storage.fmt, storage.length)
 
 
 def as_packed_tensor(planes: Planes) -> PackedTensor:

@@ -116,11 +116,13 @@ class _Realizer:
         new = (a["key"], a["value"])
         stored = [_stored(a[cache], token) for cache, token in (("keys", a["key"]), ("values", a["value"]))]
         if all(store and store.target is ops.extend for store in stored):
+            scores = {part for store in stored for part in _scored(store)}
             call = self.call(node, AttendExtend(*how), a["query"], *new, a["keys"], a["values"], *rest)
             set_example(call, (example(node), *map(example, stored)))
             self.result(call, 0, node)
             for index, store in enumerate(stored, 1):
                 self.result(call, index, store)
+            self.drop_scores(scores)
         elif all(store and store.target is ops.write and _update(store) for store in stored):
             caches = (a["keys"], a["values"])
             self.replace(node, AttendWrite(*how), a["query"], *new, *caches, a["positions"], *rest)
@@ -136,6 +138,13 @@ class _Realizer:
         set_example(part, example(node))
         self.put(part, node)
 
+    def drop_scores(self, parts: set[Node]) -> None:
+        """The instruction scores its tokens itself."""
+        scores = {part.args[0] for part in parts}
+        for node in (*parts, *scores):
+            if not node.users:
+                self.graph.erase_node(node)
+
     def written_in_place(self, store: Node, cache: Node) -> None:
         update = _update(store)
         assert update
@@ -146,7 +155,7 @@ class _Realizer:
     def extend(self, node: Node) -> None:
         a = ops.extend.arguments(node)
         extend = Extend(self.of_cache(node, example(node)))
-        self.replace(node, extend, a["cache"], a["new"], a["query"])
+        self.replace(node, extend, a["cache"], a["new"], a["query"], a["score"], a["state_rows"])
 
     def write(self, node: Node) -> None:
         a = ops.write.arguments(node)
@@ -160,7 +169,7 @@ class _Realizer:
     def pack(self, node: Node) -> None:
         a = ops.pack.arguments(node)
         pack = Pack(self.of_cache(node, example(node)), a["spec"])
-        self.replace(node, pack, a["new"], a["start"], a["capacity"], a["query"])
+        self.replace(node, pack, a["new"], a["start"], a["capacity"], a["query"], a["score"], a["state_rows"])
 
     def read(self, node: Node) -> None:
         self.replace(node, Read(self.of_cache(node, example(node.args[0]))), node.args[0])
@@ -210,14 +219,20 @@ class _Realizer:
     def reference(self, node: Node) -> None:
         """An op that torch has no instruction for."""
         assert isinstance(node.target, Op)
-        call = self.replace(node, Reference(node.target), *node.args)
-        call.kwargs = node.kwargs
+        named = node.kwargs  # which go with the node
+        self.replace(node, Reference(node.target), *node.args).kwargs = named
 
 
 def _stored(cache: Node, new: Node | None) -> Node | None:
     """The node that stores these new tokens in a cache."""
     stores = (user for user in cache.users if user.target in (ops.extend, ops.write))
     return next((store for store in stores if new is not None and store.args[1] is new), None)
+
+
+def _scored(node: Node) -> list[Node]:
+    """The results of `score` that an `extend` takes."""
+    arguments = ops.extend.arguments(node)
+    return [arguments[name] for name in ("score", "state_rows") if arguments[name] is not None]
 
 
 def _update(node: Node) -> Node | None:

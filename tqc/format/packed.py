@@ -15,18 +15,18 @@ a ring; elsewhere there are as many as are needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 
 from tqc.format import codebook
+from tqc.format.groups import PAGE_TOKENS, Groups
 from tqc.format.rotation import ROTATIONS, rotation
 from tqc.torch_private import no_modes
 
 FORMAT_VERSION = 2
-PAGE_TOKENS = 32
 HEADER_BYTES = 16
 # Scales are stored as base * 2**(-code / SCALE_STEPS), the two codes above the last one are special.
 SCALE_STEPS = 32
@@ -58,6 +58,8 @@ class PackedFormat:
             (values): then dense rows hold them so, and packing does not rotate. Only `read` gives them back as the
             model without folding makes them.
         keep: how many of the last tokens are held, those before them being dropped (sliding windows); None for all.
+        groups: what becomes of tokens that leave the window together (see `tqc.format.groups`); None where each 32 of
+            them become a page of `bits`. With groups, `bits` is that of the first tier.
     """
 
     head_dim: int
@@ -69,6 +71,7 @@ class PackedFormat:
     seed: int = 0
     folded: bool = False
     keep: int | None = None
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim < 8 or self.head_dim % 8:
@@ -89,6 +92,20 @@ class PackedFormat:
             raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
         if self.keep is not None and not 1 <= self.keep <= MAX_KEEP:
             raise ValueError(f"keep must be between 1 and {MAX_KEEP}, or None; got {self.keep}")
+        if self.groups is not None:
+            self._check_groups(self.groups)
+
+    def _check_groups(self, groups: Groups) -> None:
+        if self.keep is not None:
+            raise ValueError("a sliding window has no groups")
+        if self.bits != groups.tiers[0][1]:
+            raise ValueError(f"bits must be those of the first tier, {groups.tiers[0][1]}; got {self.bits}")
+        least = groups.tokens + max(groups.queries - 1, 0)
+        if self.residual_window < least:
+            raise ValueError(
+                f"residual_window must be at least {least} for groups of {groups.tokens} tokens that are scored by "
+                f"{groups.queries} queries behind them; got {self.residual_window}"
+            )
 
     @cached_property
     def spec(self) -> str:
@@ -100,7 +117,7 @@ class PackedFormat:
         return (
             f"tq{FORMAT_VERSION}:d{self.head_dim}:b{self.bits}:{kind}:s{self.sink_tokens}:w{self.residual_window}"
             f":{self.rotation}:{self.seed}{'' if self.keep is None else f':keep{self.keep}'}"
-            f"{':folded' if self.folded else ''}"
+            f"{':folded' if self.folded else ''}{'' if self.groups is None else f':{self.groups}'}"
         )
 
     @staticmethod
@@ -120,11 +137,13 @@ class PackedFormat:
                 raise ValueError
             head_dim, bits, sink_tokens, window, number = (int(text) for text in (d[1:], b[1:], s[1:], w[1:], seed))
             keep = int(rest.pop(0).removeprefix("keep")) if rest and rest[0].startswith("keep") else None
-            if rest not in ([], ["folded"]):
+            folded = rest[:1] == ["folded"]
+            groups = Groups.parse(rest := rest[folded:])
+            if rest:
                 raise ValueError
         except (ValueError, IndexError):
             raise ValueError(f"malformed spec {spec!r}") from None
-        return PackedFormat(head_dim, bits, kind == "centred", sink_tokens, window, rot, number, bool(rest), keep)
+        return PackedFormat(head_dim, bits, kind == "centred", sink_tokens, window, rot, number, folded, keep, groups)
 
     @cached_property
     def planes(self) -> tuple[tuple[int, int, int], ...]:
@@ -161,6 +180,38 @@ class PackedFormat:
         return _align(offset + PAGE_TOKENS * self.head_dim * width // 8)
 
     @cached_property
+    def block_tokens(self) -> int:
+        """How many tokens are packed at once, into an entry of `pages`."""
+        return PAGE_TOKENS if self.groups is None else self.groups.tokens
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of an entry of `pages`: of a page or, with groups, of what is kept of a group."""
+        if self.groups is None:
+            return self.page_bytes
+        return self.places_offset + self.groups.kept
+
+    @cached_property
+    def tiers(self) -> tuple[tuple[PackedFormat, int, int], ...]:
+        """Of each tier the format of its pages, how many a block has, and the byte where they begin."""
+        if self.groups is None:
+            return ((self, 1, 0),)
+        found, offset = [], 0
+        for pages, bits in self.groups.tiers:
+            found.append((replace(self, bits=bits, groups=None), pages, offset))
+            offset += pages * found[-1][0].page_bytes
+        return tuple(found)
+
+    @cached_property
+    def places_offset(self) -> int:
+        fmt, pages, offset = self.tiers[-1]
+        return offset + pages * fmt.page_bytes
+
+    @property
+    def evicts(self) -> bool:
+        return self.groups is not None and self.groups.evicts
+
+    @cached_property
     def token_rows(self) -> int:
         """Rows of `dense` that hold tokens; the head's centre is behind them, and then its balance."""
         return self.sink_tokens + self.residual_window
@@ -171,12 +222,17 @@ class PackedFormat:
 
     def head(self, dense: torch.Tensor) -> torch.Tensor:
         """The rows of `dense` with the centre and the balance of each head, [batch, heads, head_rows, head_dim]."""
-        return dense[:, :, self.token_rows : self.dense_rows]
+        return dense[:, :, self.token_rows : self.token_rows + self.head_rows]
+
+    @cached_property
+    def score_rows(self) -> int:
+        """Rows of `dense` that the scorer of groups needs, behind all others; zeros at first."""
+        return self.groups.rows if self.groups else 0
 
     @cached_property
     def dense_rows(self) -> int:
         """Rows of `dense` as soon as something is packed."""
-        return self.token_rows + self.head_rows
+        return self.token_rows + self.head_rows + self.score_rows
 
     @cached_property
     def ring_pages(self) -> int | None:
@@ -190,21 +246,23 @@ class PackedFormat:
         self, batch: int, heads: int, rows: int, dtype: torch.dtype, device: torch.device | str
     ) -> torch.Tensor:
         """`dense` of a cache without tokens, [batch, heads, rows, head_dim]; the balance, if it has the row, is one."""
-        balances = max(0, rows - self.token_rows - 1)
-        zeros = torch.zeros(batch, heads, rows - balances, self.head_dim, dtype=dtype, device=device)
-        return torch.cat([zeros, zeros[:, :, :balances] + 1], dim=2) if balances else zeros
+        zeros = torch.zeros(batch, heads, rows, self.head_dim, dtype=dtype, device=device)
+        if not self.centred or rows < self.token_rows + self.head_rows:
+            return zeros
+        before, one, behind = zeros.tensor_split((self.token_rows + 1, self.token_rows + 2), dim=2)
+        return torch.cat([before, one + 1, behind], dim=2)
 
     def rows_for(self, tokens: int) -> int:
         """How many rows of `dense` `tokens` tokens need."""
-        return tokens if tokens <= self.token_rows else self.dense_rows
+        return tokens if tokens <= self.token_rows and not self.score_rows else self.dense_rows
 
     def packed_tokens(self, length: int, already: int = 0) -> int:
-        """How many of `length` tokens are packed (not dense), a multiple of 32, never fewer than `already`."""
-        return max(already, -(-(length - self.token_rows) // PAGE_TOKENS) * PAGE_TOKENS, 0)
+        """How many of `length` tokens are packed (not dense), whole blocks of them, never fewer than `already`."""
+        return max(already, -(-(length - self.token_rows) // self.block_tokens) * self.block_tokens, 0)
 
     def pages_for(self, tokens: int, already: int = 0) -> int:
-        """How many pages `tokens` tokens need."""
-        pages = self.packed_tokens(tokens, already) // PAGE_TOKENS
+        """How many entries of `pages` `tokens` tokens need."""
+        pages = self.packed_tokens(tokens, already) // self.block_tokens
         return pages if self.ring_pages is None else min(pages, self.ring_pages)
 
     def held_tokens(self, tokens: Any) -> Any:

@@ -2,6 +2,7 @@
 
     pack, extend, write, rewind, fork   make a cache of dense tokens, or of another cache
     attend                              softmax attention to a cache and to new tokens
+    score                               which tokens of a group are kept, for `pack` and `extend`
     read                                dense tokens
     fold, unfold                        into the basis of a folded format, and back
     adopt, update                       where a cache belongs to the caller: pack it, and say what becomes of it
@@ -21,6 +22,7 @@ from tqc.ops.op import Op, op
 from tqc.ops.pack import pack
 from tqc.ops.read import read
 from tqc.ops.rewind import rewind
+from tqc.ops.score import score
 from tqc.ops.unfold import unfold
 from tqc.ops.update import update
 from tqc.ops.value import TENSORS, PackedValue, Planes, example, is_packed, set_example
@@ -43,6 +45,7 @@ __all__ = [
     "pack",
     "read",
     "rewind",
+    "score",
     "set_example",
     "unfold",
     "update",

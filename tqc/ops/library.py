@@ -10,7 +10,8 @@ NAMESPACE = "tqai"
 library = torch.library.Library(NAMESPACE, "DEF")
 
 library.define(
-    "append(Tensor(a!) pages, Tensor(b!) dense, Tensor(c!) state, Tensor new, Tensor? start, str spec) -> ()"
+    "append(Tensor(a!) pages, Tensor(b!) dense, Tensor(c!) state, Tensor new, Tensor? start, str spec, "
+    "Tensor? score=None) -> ()"
 )
 library.define("read(Tensor pages, Tensor dense, Tensor state, SymInt length, str spec) -> Tensor")
 library.define(
@@ -23,7 +24,7 @@ for _function in (planes.append, planes.read, planes.attend):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::append", lib=library)
-def _append_fake(pages, dense, state, new, start, spec):
+def _append_fake(pages, dense, state, new, start, spec, score=None):
     return None
 
 

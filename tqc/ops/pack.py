@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ def pack(
     start: Tensor | int | None = None,
     capacity: int | None = None,
     query: Tensor | None = None,
+    score: Tensor | None = None,
+    state_rows: Tensor | None = None,
 ) -> Planes:
     """Start a packed cache with tokens of a dense one.
 
@@ -28,7 +32,8 @@ def pack(
             are zeros. None for 0.
         capacity: tokens that the cache can hold where it is preallocated; None where it grows.
         query: what attends to these keys, [batch, query_heads, n, head_dim], by which their channels are balanced (see
-            `tqc.format.balance`); None to leave them as they are.
+            `tqc.format.balance`); None to leave them as they are. A cache with groups remembers the last of them.
+        score, state_rows: of a cache with groups, what `score` gave; `state_rows` for keys alone.
 
     Returns:
         A cache of `capacity` tokens, or of n and those before `start`.
@@ -39,7 +44,9 @@ def pack(
     cache = _empty(new, spec, start, capacity)
     where = None if start is None else planes.position(start, new.device)
     planes.choose_balance(cache.dense, 0, new, query, cache.fmt)
-    planes.append(*cache.parts, new, where, spec)
+    planes.append(*cache.parts, new, where, spec, score)
+    if query is not None and state_rows is not None:
+        planes.remember(cache.dense, 0, query, state_rows, cache.fmt)
     return cache
 
 
@@ -57,7 +64,7 @@ def _tokens(new: Tensor, start: Tensor | int | None, capacity: int | None) -> in
 
 
 @pack.register_fake
-def _(new: Tensor, spec: str, start: Tensor | int | None, capacity: int | None, query: Tensor | None) -> PackedValue:
+def _(new: Tensor, spec: str, start: Tensor | int | None, capacity: int | None, **_: Any) -> PackedValue:
     fmt = PackedFormat.parse(spec)
     tokens = fmt.held_tokens(_tokens(new, start, capacity))
     return PackedValue(fmt, new.shape[0], new.shape[1], tokens, new.dtype, new.device)
@@ -70,10 +77,12 @@ def _(
     start: Tensor | int | None = None,
     capacity: int | None = None,
     query: Tensor | None = None,
+    score: Tensor | None = None,
+    state_rows: Tensor | None = None,
 ) -> Planes:
     """A tensor `start` must hold 0."""
     cache = _empty(new, spec, start, capacity)
     planes.choose_balance(cache.dense, 0, new, query, cache.fmt)
     if start is not None and not isinstance(start, Tensor):
         new = torch.nn.functional.pad(new, (0, 0, start, 0))
-    return traceable.append(cache, new)
+    return traceable.remember(traceable.append(cache, new, None, score), 0, query, state_rows)

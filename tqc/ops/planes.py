@@ -2,9 +2,9 @@
 
 A cache is its three parts (`pages`, `dense`, `state`; see `tqc.format`) and the spec string of its format.
 
-    append(pages!, dense!, state!, new, start, spec)      write tokens behind the stored ones
-    read(pages, dense, state, length, spec)               dense copy of the first tokens
-    attend(query, k_*, v_*, key, value, ...)              softmax attention over stored and new tokens
+    append(pages!, dense!, state!, new, start, spec, score)   write tokens behind the stored ones
+    read(pages, dense, state, length, spec)                   dense copy of the first tokens
+    attend(query, k_*, v_*, key, value, ...)                  softmax attention over stored and new tokens
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.format.balance import balance
+from tqc.format.blocks import decode_blocks, encode_blocks, kept, tier_pages
 from tqc.format.quantizer import (
     decode_levels,
-    decode_pages,
     decoded,
-    encode_pages,
     head_rows,
     token_scales,
     unfold,
@@ -29,13 +28,21 @@ from tqc.format.quantizer import (
 )
 
 
-def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tensor | None, spec: str) -> None:
+def append(
+    pages: Tensor,
+    dense: Tensor,
+    state: Tensor,
+    new: Tensor,
+    start: Tensor | None,
+    spec: str,
+    score: Tensor | None = None,
+) -> None:
     """Write tokens behind the stored ones, in place; tokens that leave the recent window are packed.
 
     The stored result depends on the tokens alone, not on how they were split over calls.
 
     Args:
-        pages: uint8 [batch, heads, num_pages, page_bytes], with room for every token that will be packed.
+        pages: uint8 [batch, heads, num_pages, block_bytes], with room for every token that will be packed.
         dense: [batch, heads, rows, head_dim], `PackedFormat.dense_rows` of them, or fewer where nothing will be packed:
             as many as there will be tokens, or more. The heads' balance is there already; it is not chosen here.
         state: int64 [3]: how many tokens came, how many of them are packed, the first that is held.
@@ -43,6 +50,12 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
         start: position of the first new token, int64 [1 or more] of which the first counts, or None for `length`.
             A smaller one than `length` drops the stored tokens from there on; a larger one fills the gap with zeros.
         spec: `str` of the `PackedFormat`.
+        score: where the format has groups and tokens are packed, the score of these, from the first one that is not
+            packed yet on: float32 [batch, heads, m], m no less than they are.
+
+    Raises:
+        ValueError: if tokens would be packed by scores that are not there, or from `start` on tokens would be dropped
+            out of a group of which some were evicted.
     """
     fmt = PackedFormat.parse(spec)
     length, packed, begin = state.tolist()
@@ -70,9 +83,11 @@ def append(pages: Tensor, dense: Tensor, state: Tensor, new: Tensor, start: Tens
         if packed == 0:
             fmt.head(dense)[:] = head_rows(run[:, :, :PAGE_TOKENS], fmt, fmt.head(dense)[:, :, 1:])
         # Pages whose tokens are all dropped are not stored.
-        page = min(max(packed, begin - sink_tokens), packed_after) // PAGE_TOKENS
-        slots = torch.arange(page, packed_after // PAGE_TOKENS, device=new.device) % max(1, pages.shape[2])
-        pages[:, :, slots] = encode_pages(run[:, :, page * PAGE_TOKENS - packed :], fmt.head(dense), fmt)
+        page = min(max(packed, begin - sink_tokens), packed_after) // fmt.block_tokens
+        slots = torch.arange(page, packed_after // fmt.block_tokens, device=new.device) % max(1, pages.shape[2])
+        left = run[:, :, page * fmt.block_tokens - packed :]
+        score = score[..., : left.shape[2]] if score is not None and fmt.groups else None
+        pages[:, :, slots] = encode_blocks(left, fmt.head(dense), fmt, score)
     kept = rest[:, :, max(0, packed_after - first) :]
     slots = torch.arange(max(first, packed_after), max(first, packed_after) + kept.shape[2], device=new.device)
     ring[:, :, slots % fmt.residual_window] = kept
@@ -99,31 +114,53 @@ def choose_balance(dense: Tensor, stored: int, new: Tensor, query: Tensor | None
 def rewind(pages: Tensor, dense: Tensor, packed: int, length: int, fmt: PackedFormat) -> int:
     """Make `dense` fit a prefix of `length` tokens and return how many of those stay packed.
 
-    Where `length` falls inside a packed page, that page's tokens go back to the ring, as their decoded values.
+    Where `length` falls inside a packed page, or a group, the tokens of that go back to the ring, as their decoded
+    values.
+
+    Raises:
+        ValueError: see `why_not_rewound`.
     """
-    kept = max(0, length - fmt.sink_tokens)
-    if kept >= packed:
+    left, size = max(0, length - fmt.sink_tokens), fmt.block_tokens
+    if left >= packed:
         return packed
-    packed = kept // PAGE_TOKENS * PAGE_TOKENS
-    if kept > packed:
-        slot = packed // PAGE_TOKENS % pages.shape[2]
-        y = decode_pages(pages[:, :, slot : slot + 1], fmt.head(dense), fmt)
-        row = fmt.sink_tokens + packed % fmt.residual_window
-        dense[:, :, row : row + PAGE_TOKENS] = decoded(y, fmt.head(dense), fmt).to(dense.dtype)
+    if reason := why_not_rewound(packed, length, fmt):
+        raise ValueError(reason)
+    packed = left // size * size
+    if left > packed:
+        slot = packed // size % pages.shape[2]
+        y = decode_blocks(pages[:, :, slot : slot + 1], fmt.head(dense), fmt)
+        rows = fmt.sink_tokens + torch.arange(packed, packed + size, device=dense.device) % fmt.residual_window
+        dense[:, :, rows] = decoded(y, fmt.head(dense), fmt).to(dense.dtype)
     return packed
+
+
+def why_not_rewound(packed: int, length: int, fmt: PackedFormat) -> str | None:
+    """Why a cache cannot be cut to `length` tokens, or None: some of those that would be left were evicted, and the
+    rest of their group is not to be told apart any more."""
+    left = length - fmt.sink_tokens
+    if not fmt.evicts or left <= 0 or left >= packed or left % fmt.block_tokens == 0:
+        return None
+    first = fmt.sink_tokens + left // fmt.block_tokens * fmt.block_tokens
+    return (
+        f"a cache cannot be cut to {length} tokens: of those from {first} to {first + fmt.block_tokens - 1} some were "
+        f"evicted; {first} and {first + fmt.block_tokens} tokens can be, and {fmt.sink_tokens + packed} and more"
+    )
 
 
 def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) -> Tensor:
     """The first `length` tokens that are held, decoded: [batch, heads, length, head_dim] in dense's dtype.
 
-    Positions behind the last stored token are zeros. Values of a folded format are rotated back.
+    Positions behind the last stored token are zeros. Values of a folded format are rotated back. `pages` may come flat,
+    [batch, heads, bytes], so that no tracer has to follow a view of it.
     """
     fmt = PackedFormat.parse(spec)
+    if pages.dim() == 3:
+        pages = pages.unflatten(2, (pages.shape[2] // fmt.page_bytes, fmt.page_bytes))
     return unfold(held(pages, dense, state, length, fmt), fmt)
 
 
 def held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFormat) -> Tensor:
-    """The first `length` tokens that are held, in the basis in which they came."""
+    """The first `length` tokens that are held, in the basis in which they came; zeros for those that were evicted."""
     stored, _, begin = state.tolist()
     stored, sink_tokens = min(stored, begin + length), fmt.sink_tokens
     out = dense.new_zeros(*dense.shape[:2], length, fmt.head_dim)
@@ -132,7 +169,7 @@ def held(pages: Tensor, dense: Tensor, state: Tensor, length: int, fmt: PackedFo
     coded, first, count = packed_pages(pages, state, stored, fmt)
     if count:
         head = fmt.head(dense)
-        x = decoded(decode_pages(coded, head, fmt), head, fmt)[:, :, first % PAGE_TOKENS :][:, :, :count]
+        x = decoded(decode_blocks(coded, head, fmt), head, fmt)[:, :, first % fmt.block_tokens :][:, :, :count]
         column = sink_tokens + first - begin
         out[:, :, column : column + count] = x.to(dense.dtype)
     recent = max(first + count, begin - sink_tokens)
@@ -150,8 +187,39 @@ def packed_pages(pages: Tensor, state: Tensor, end: int, fmt: PackedFormat) -> t
     last = max(first, min(end - fmt.sink_tokens, packed))
     if first == last:
         return pages[:, :, :0], min(first, packed), 0
-    slots = torch.arange(first // PAGE_TOKENS, -(-last // PAGE_TOKENS), device=pages.device) % pages.shape[2]
+    size = fmt.block_tokens
+    slots = torch.arange(first // size, -(-last // size), device=pages.device) % pages.shape[2]
     return pages[:, :, slots], first, last - first
+
+
+def evicted(pages: Tensor, state: Tensor, columns: int, fmt: PackedFormat) -> Tensor | None:
+    """Which of the first `columns` tokens were evicted, bool [batch, heads, columns]; None where none is."""
+    coded, _, count = packed_pages(pages, state, min(int(state[0]), columns), fmt)
+    if not fmt.evicts or not count:
+        return None
+    gone = torch.zeros(*pages.shape[:2], columns, dtype=torch.bool, device=pages.device)
+    gone[:, :, fmt.sink_tokens : fmt.sink_tokens + count] = ~kept(coded, fmt)[:, :, :count]
+    return gone
+
+
+def remember(dense: Tensor, stored: int, query: Tensor, state_rows: Tensor, fmt: PackedFormat) -> None:
+    """Write what the scorer of a cache's groups needs later into `dense` of its keys: the last queries, and its state.
+
+    Args:
+        stored: how many tokens there were before those of `query`.
+        query: [batch, query_heads, n, head_dim].
+        state_rows: [batch, heads, state_rows, head_dim].
+    """
+    groups = fmt.groups
+    assert groups
+    first = fmt.token_rows + fmt.head_rows
+    if groups.queries:
+        count = min(query.shape[2], groups.queries)
+        recent = query[:, :, query.shape[2] - count :].unflatten(1, (-1, groups.repeats))
+        at = torch.arange(stored + query.shape[2] - count, stored + query.shape[2], device=dense.device)
+        ring = dense[:, :, first : first + groups.repeats * groups.queries].unflatten(2, (groups.repeats, -1))
+        ring[:, :, :, at % groups.queries] = recent.to(dense.dtype)
+    dense[:, :, first + groups.repeats * groups.queries : fmt.dense_rows] = state_rows
 
 
 @without_autocast
@@ -230,7 +298,9 @@ def attend(
     k_fmt = PackedFormat.parse(k_spec)
     coded, first, count = packed_pages(k_pages, k_state, min(int(k_state[0]), begin + length), k_fmt)
     if count:
-        added = correction(query, coded, k_fmt.head(k_dense), scale, k_fmt)[..., first % PAGE_TOKENS :][..., :count]
+        added = correction(query, coded, k_fmt.head(k_dense), scale, k_fmt)[..., first % k_fmt.block_tokens :][
+            ..., :count
+        ]
         at = k_fmt.sink_tokens + first - begin
         scores[..., at : at + count] += added
     if softcap:
@@ -240,6 +310,10 @@ def attend(
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
             scores = scores + attn_mask
+    gone = evicted(k_pages, k_state, length, k_fmt)
+    if gone is not None:
+        hidden = gone.repeat_interleave(scores.shape[1] // heads, dim=1).unsqueeze(2)
+        scores[..., :length] = scores[..., :length].masked_fill(hidden, -math.inf)
     if is_causal:
         row = torch.arange(rows, device=query.device)[:, None]
         column = torch.arange(scores.shape[-1], device=query.device)[None, :]
@@ -272,12 +346,23 @@ def correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: Pa
 
     Args:
         query: [batch, query_heads, rows, head_dim].
-        pages: uint8 [batch, heads, n, page_bytes] of the keys.
+        pages: uint8 [batch, heads, n, block_bytes] of the keys.
         head: their rows with centre and balance, [batch, heads, 2, head_dim].
 
     Returns:
-        float32 [batch, query_heads, rows, n * 32].
+        float32 [batch, query_heads, rows, n * block_tokens], zeros for evicted tokens.
     """
+    if fmt.groups is None:
+        return _correction(query, pages, head, scale, fmt)
+    added = query.new_zeros(*query.shape[:3], pages.shape[2] * fmt.block_tokens, dtype=torch.float32)
+    for tier, coded, place in tier_pages(pages, fmt):
+        columns = place.repeat_interleave(query.shape[1] // pages.shape[1], dim=1).unsqueeze(2)
+        of_tier = _correction(query, coded, head, scale, tier)
+        added = added.scatter(3, columns.expand_as(of_tier), of_tier)
+    return added
+
+
+def _correction(query: Tensor, pages: Tensor, head: Tensor, scale: float, fmt: PackedFormat) -> Tensor:
     rows = query.shape[2]
     grouped = query.float().unflatten(1, (pages.shape[1], -1)).flatten(2, 3) * scale
     if fmt.centred:

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from tqc.format import PAGE_TOKENS
-from tqc.format.quantizer import decode_pages, decoded, encode_pages, head_rows, unfold
+from tqc.format.blocks import decode_blocks, encode_blocks, kept
+from tqc.format.quantizer import decoded, head_rows, unfold
 from tqc.ops.planes import correction, position
 from tqc.ops.value import Planes
 
 
-def append(cache: Planes, new: Tensor, start: Tensor | None = None) -> Planes:
-    """`cache` with tokens behind the stored ones, or from position `start[0]` on, which must not leave a gap."""
+def append(cache: Planes, new: Tensor, start: Tensor | None = None, score: Tensor | None = None) -> Planes:
+    """`cache` with tokens behind the stored ones, or from position `start[0]` on, which must not leave a gap.
+
+    `score` is as in `planes.append`, with a score for each token that this call can pack."""
     fmt, count = cache.fmt, new.shape[2]
     if start is not None:
         cache = rewind(cache, torch.minimum(start.flatten()[0], cache.state[0]))
@@ -30,7 +33,9 @@ def append(cache: Planes, new: Tensor, start: Tensor | None = None) -> Planes:
     packed_after = torch.maximum(packed, _packed_tokens(cache, end))
     if fmt.keep is not None:
         begin = torch.maximum(begin, end - fmt.keep)
-    sink_rows, ring, head = cache.dense.tensor_split((sink_tokens, fmt.token_rows), dim=2)
+    size = fmt.block_tokens
+    ends = (sink_tokens, fmt.token_rows, fmt.token_rows + fmt.head_rows)
+    sink_rows, ring, head, scorers = cache.dense.tensor_split(ends, dim=2)
     # Index among the new tokens of each row's, where it is one of them.
     at = torch.arange(sink_rows.shape[2], device=new.device) - length
     sink_rows = torch.where(_rows((at >= 0) & (at < count)), _take(new, at), sink_rows)
@@ -47,13 +52,12 @@ def append(cache: Planes, new: Tensor, start: Tensor | None = None) -> Planes:
             opening = head_rows(tokens(torch.arange(PAGE_TOKENS, device=new.device)), fmt, head[:, :, 1:])
             head = torch.where((packed == 0) & (packed_after > 0), opening, head)
         # At most so many pages are completed by this call and kept.
-        fresh = min(-(-count // PAGE_TOKENS), num_pages)
-        page = torch.maximum(packed, packed_after - fresh * PAGE_TOKENS) // PAGE_TOKENS
-        encoded = encode_pages(
-            tokens(page * PAGE_TOKENS + torch.arange(fresh * PAGE_TOKENS, device=new.device)), head, fmt
-        )
+        fresh = min(-(-count // size), num_pages)
+        page = torch.maximum(packed, packed_after - fresh * size) // size
+        left = tokens(page * size + torch.arange(fresh * size, device=new.device))
+        encoded = encode_blocks(left, head, fmt, score[..., : fresh * size] if score is not None else None)
         # The newest page of each slot.
-        last = packed_after // PAGE_TOKENS - 1
+        last = packed_after // size - 1
         in_slot = last - (last - torch.arange(num_pages, device=new.device)) % num_pages
         pages = torch.where(_rows(in_slot >= page), _take(encoded, in_slot - page), pages)
     # The newest token of each slot of the ring.
@@ -63,22 +67,42 @@ def append(cache: Planes, new: Tensor, start: Tensor | None = None) -> Planes:
     kept = _rows(u >= torch.maximum(first, packed_after))
     ring = torch.where(kept, _take(new, u - first + skipped), ring)
     state = torch.stack([end, packed_after, begin])
-    return replace(cache, pages=pages, dense=torch.cat([sink_rows, ring, head], dim=2), state=state)
+    return replace(cache, pages=pages, dense=torch.cat([sink_rows, ring, head, scorers], dim=2), state=state)
+
+
+def remember(cache: Planes, stored: Tensor | int, query: Tensor | None, state_rows: Tensor | None) -> Planes:
+    """As `planes.remember`, of a cache that holds the tokens of `query` by now."""
+    fmt, groups = cache.fmt, cache.fmt.groups
+    if groups is None or query is None or state_rows is None:
+        return cache
+    at, count = fmt.token_rows + fmt.head_rows, query.shape[2]
+    before, ring, _ = cache.dense.tensor_split((at, at + groups.repeats * groups.queries), dim=2)
+    if groups.queries:
+        rows = ring.unflatten(2, (groups.repeats, groups.queries))
+        last = stored + count - 1
+        # The newest query of each slot of the ring.
+        newest = last - (last - torch.arange(groups.queries, device=ring.device)) % groups.queries - stored
+        fresh = query.unflatten(1, (-1, groups.repeats)).index_select(3, torch.clamp(newest, min=0)).to(ring.dtype)
+        ring = torch.where((newest >= 0).reshape(1, 1, 1, -1, 1), fresh, rows).flatten(2, 3)
+    return replace(cache, dense=torch.cat([before, ring, state_rows.to(ring.dtype)], dim=2))
 
 
 def rewind(cache: Planes, length: Tensor) -> Planes:
-    """The first `length` tokens, an int64 of one element."""
+    """The first `length` tokens, an int64 of one element; no part of a group of which tokens were evicted."""
     fmt, packed = cache.fmt, cache.state[1]
     length = length.reshape(())
-    kept = torch.clamp(length - fmt.sink_tokens, min=0)
-    whole = kept // PAGE_TOKENS * PAGE_TOKENS
-    back = kept < packed
+    left = torch.clamp(length - fmt.sink_tokens, min=0)
+    size = fmt.block_tokens
+    whole = left // size * size
+    back = left < packed
     dense = cache.dense
     if num_pages := cache.pages.shape[2]:
-        page, head = _take(cache.pages, (whole // PAGE_TOKENS % num_pages).reshape(1)), fmt.head(dense)
-        tokens = decoded(decode_pages(page, head, fmt), head, fmt).to(dense.dtype)
-        row = torch.arange(fmt.dense_rows, device=dense.device) - (fmt.sink_tokens + whole % fmt.residual_window)
-        reopened = back & (kept > whole) & (row >= 0) & (row < PAGE_TOKENS)
+        page, head = _take(cache.pages, (whole // size % num_pages).reshape(1)), fmt.head(dense)
+        tokens = decoded(decode_blocks(page, head, fmt), head, fmt).to(dense.dtype)
+        of_ring = torch.arange(fmt.dense_rows, device=dense.device) - fmt.sink_tokens
+        row = (of_ring - whole) % fmt.residual_window
+        in_ring = (of_ring >= 0) & (of_ring < fmt.residual_window)
+        reopened = back & (left > whole) & in_ring & (row < size)
         dense = torch.where(_rows(reopened), _take(tokens, row), dense)
     return replace(cache, dense=dense, state=torch.stack([length, torch.where(back, whole, packed), cache.state[2]]))
 
@@ -92,8 +116,8 @@ def held(cache: Planes, columns: int) -> Tensor:
     out = _take(dense, torch.where(u < 0, t, fmt.sink_tokens + u % fmt.residual_window))
     if num_pages := cache.pages.shape[2]:
         head = fmt.head(dense)
-        x = decoded(decode_pages(cache.pages, head, fmt), head, fmt).to(dense.dtype)
-        out = torch.where(_rows((u >= 0) & (u < packed)), _take(x, u % (num_pages * PAGE_TOKENS)), out)
+        x = decoded(decode_blocks(cache.pages, head, fmt), head, fmt).to(dense.dtype)
+        out = torch.where(_rows((u >= 0) & (u < packed)), _take(x, u % (num_pages * fmt.block_tokens)), out)
     return torch.where(_rows(t < torch.minimum(stored, begin + cache.length)), out, torch.zeros_like(out))
 
 
@@ -145,6 +169,10 @@ def attend(
         scores = scores + torch.where(coded, added, 0.0)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if keys.pages.shape[2] and fmt.evicts:
+        left = kept(keys.pages, fmt).repeat_interleave(query.shape[1] // heads, dim=1)
+        gone = coded & ~left.index_select(2, u % left.shape[2])
+        scores = scores.masked_fill(gone.unsqueeze(2), -math.inf)
     visible = t < end
     if attn_mask is not None:
         visible = t < torch.clamp(end, min=attn_mask.shape[-1])
@@ -166,12 +194,12 @@ def attend(
 
 def _capacity(cache: Planes) -> int:
     """How many tokens the cache can hold."""
-    return min(cache.fmt.token_rows + cache.pages.shape[2] * PAGE_TOKENS, cache.length)
+    return min(cache.fmt.token_rows + cache.pages.shape[2] * cache.fmt.block_tokens, cache.length)
 
 
 def _packed_tokens(cache: Planes, length: Tensor) -> Tensor:
-    over = length - cache.fmt.token_rows
-    return torch.clamp((over + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS, min=0)
+    over, size = length - cache.fmt.token_rows, cache.fmt.block_tokens
+    return torch.clamp((over + size - 1) // size * size, min=0)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Planes:
     """A packed cache as the reference and the traceable forms see it: immutable (see `tqc.format` for the parts).
 
     Attributes:
-        pages: uint8 [batch, heads, num_pages, page_bytes].
+        pages: uint8 [batch, heads, num_pages, block_bytes].
         dense: [batch, heads, rows, head_dim].
         state: int64 [3], (tokens that came, of which packed, the first that is held).
         fmt: how they are packed.
@@ -99,7 +99,7 @@ class Planes:
     @staticmethod
     def empty(batch: int, heads: int, fmt: PackedFormat, dtype: torch.dtype, device: Any, tokens: int) -> Planes:
         """No tokens, and pages for `tokens` of them."""
-        pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.page_bytes, dtype=torch.uint8, device=device)
+        pages = torch.zeros(batch, heads, fmt.pages_for(tokens), fmt.block_bytes, dtype=torch.uint8, device=device)
         dense = fmt.empty_dense(batch, heads, fmt.rows_for(tokens), dtype, device)
         state = torch.zeros(3, dtype=torch.int64, device=device)
         return Planes(pages, dense, state, fmt, fmt.held_tokens(tokens))
