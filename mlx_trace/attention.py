@@ -29,7 +29,6 @@ def attend(
     key: mx.array,
     value: mx.array,
     sinks: mx.array | None = None,
-    padding: mx.array | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -41,28 +40,26 @@ def attend(
         query: [batch, query_heads, n, head_dim].
         key, value: the new tokens, [batch, heads, n, head_dim].
         sinks: [query_heads], a logit that takes weight and gives no value.
-        padding: int [batch], how many of the first positions hold no token of the sequence.
         window: how many tokens back a query sees, its own one counted; None for all.
 
     Returns:
         [batch, query_heads, n, head_dim of the values] in the query's dtype.
     """
-    count, heads, step = query.shape[2], key.shape[1], keys.step
-    first = step.numbers[0]
-    own = first + mx.arange(count)
-    if not step.begun:
-        return _among_new(query, key, value, sinks, padding, scale, softcap, window)
+    heads, step = key.shape[1], keys.step
+    if not step.begun and not step.padded:
+        return _among_new(query, key, value, sinks, scale, softcap, window)
+    own = step.own(query.shape[2])
+    fresh = mx.where(own >= step.numbers[:, :1], own, -1)  # padding in front has no position
     grouped = mx.unflatten(query.astype(mx.float32) * scale, 1, (heads, -1))  # [batch, heads, repeats, n, head_dim]
 
     def shown(position: mx.array) -> mx.array:
-        """Which positions each query sees: [n or batch, 1, 1, n, positions]."""
-        seen = (position >= 0) & (position <= own[:, None])
-        if window is not None:
-            seen = seen & (position > own[:, None] - window)
-        return seen if padding is None else seen & (position >= padding.reshape(-1, 1, 1, 1, 1))
+        """Which positions each query sees: [sequences, 1, 1, n, positions]."""
+        held, row = position[:, None, None, None], own[:, None, None, :, None]
+        seen = (held >= 0) & (held <= row)
+        return seen if window is None else seen & (held > row - window)
 
     merged: Any = None
-    parts = (_dense_part(grouped, keys, values, key, value, own), *_page_parts(grouped, keys, values))
+    parts = (_dense_part(grouped, keys, values, key, value, fresh), *_page_parts(grouped, keys, values))
     for scores, position, weigh in parts:
         if softcap:
             scores = softcap * mx.tanh(scores / softcap)
@@ -86,27 +83,26 @@ def _merge(a: Any, b: Any) -> Any:
     return largest, a[1] * left + b[1] * right, a[2] * left + b[2] * right
 
 
-def _among_new(query, key, value, sinks, padding, scale, softcap, window):
+def _among_new(query, key, value, sinks, scale, softcap, window):
     """Attention where nothing is stored: MLX's own."""
     count = query.shape[2]
     mask: Any = None
-    if softcap or padding is not None or (window is not None and window < count):
+    if softcap or (window is not None and window < count):
         row = mx.arange(count)
         mask = row <= row[:, None]
-        if window is not None:
-            mask = mask & (row > row[:, None] - window)
-        if padding is not None:
-            mask = mask & (row >= padding.reshape(-1, 1, 1, 1))
+        mask = mask if window is None else mask & (row > row[:, None] - window)
     return dense_attention(query, key, value, mask, sinks, scale, softcap, is_causal=mask is None)
 
 
-def _dense_part(grouped: mx.array, keys: Packed, values: Packed, key: mx.array, value: mx.array, own: mx.array) -> Any:
+def _dense_part(
+    grouped: mx.array, keys: Packed, values: Packed, key: mx.array, value: mx.array, fresh: mx.array
+) -> Any:
     """Sinks, the recent window and the new tokens."""
     rows = keys.fmt.token_rows
     k = mx.concatenate([keys.dense[:, :, :rows], key], axis=2).astype(mx.float32)
     v = mx.concatenate([values.dense[:, :, :rows], value], axis=2).astype(mx.float32)
-    position = mx.concatenate([keys.step.position[:rows], own])
-    v = mx.where((position >= 0)[:, None], v, 0.0)  # whatever lies in a row without a token
+    position = mx.concatenate([keys.step.position[:, :rows], fresh], axis=1)
+    v = mx.where((position >= 0)[:, None, :, None], v, 0.0)  # whatever lies in a row without a token
     return _product(grouped, k.swapaxes(-1, -2)), position, lambda weights: _product(weights, v)
 
 
@@ -125,7 +121,7 @@ def _page_parts(grouped: mx.array, keys: Packed, values: Packed) -> Iterator[Any
     for page in range(0, keys.num_pages, tile):
         k, v = (cache.pages[:, :, page : page + tile] for cache in (keys, values))
         stop = start + k.shape[2] * PAGE_TOKENS
-        position = keys.step.position[start:stop]
+        position = keys.step.position[:, start:stop]
         scores = _scores(rotated, k, keys)
         yield scores, position, lambda weights, v=v, held=position >= 0: _weighed(weights, v, held, values)
         start = stop
@@ -154,6 +150,6 @@ def _scores(rotated: mx.array, pages: mx.array, keys: Packed) -> mx.array:
 
 def _weighed(weights: mx.array, pages: mx.array, held: mx.array, values: Packed) -> mx.array:
     fmt: PackedFormat = values.fmt
-    y = mx.where(held[:, None], decode_pages(pages, values.head, fmt), 0.0)
+    y = mx.where(held[:, None, :, None], decode_pages(pages, values.head, fmt), 0.0)
     made = unrotate(_product(weights, y), fmt)
     return made * mx.expand_dims(values.head[:, :, 1:], 2).astype(mx.float32) if fmt.centred else made

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache
 
 from tqc.mlx_trace.graph import CaptureError
 from tqc.mlx_trace.markers import Trace
@@ -32,7 +32,9 @@ def rebuilt(caches: Any, made: Iterator[Any]) -> list[Any]:
 
 def may_pack(cache: Any) -> bool:
     """Whether a cache holds keys and values in a way that the packed format has too."""
-    return type(cache) is KVCache or (type(cache) is RotatingKVCache and cache.keep == 0) or hasattr(cache, "placement")
+    if type(cache) is RotatingKVCache:
+        return cache.keep == 0
+    return type(cache) in (KVCache, BatchKVCache, BatchRotatingKVCache) or hasattr(cache, "placements")
 
 
 def kind_of(cache: Any, length: int) -> Kind:
@@ -41,7 +43,7 @@ def kind_of(cache: Any, length: int) -> Kind:
     Raises:
         CaptureError: for a class that is not known, or a state that it cannot be captured in.
     """
-    if hasattr(cache, "placement"):
+    if hasattr(cache, "placements"):
         raise CaptureError("the cache is packed, and the model was compiled to leave it dense")
     if type(cache) is KVCache:
         return Whole()

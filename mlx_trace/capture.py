@@ -86,7 +86,9 @@ def capture(model: nn.Module, caches: list[Any], batch: int, length: int, growin
         return [logits, *(array for kind, cache in zip(kinds, traced, strict=True) for array in _made(kind, cache))]
 
     scalar = mx.array(0, mx.int32)
-    examples = [mx.zeros((batch, length), mx.int32), scalar, *(scalar for _ in rounds)]
+    batched = any(isinstance(kind, Growing) and kind.batched for kind in kinds)
+    offset = mx.zeros((batch,), mx.int32) if batched else scalar
+    examples = [mx.zeros((batch, length), mx.int32), offset, *(scalar for _ in rounds)]
     examples += [mx.zeros(shape, dtype) for kind in kinds for shape, dtype in kind.shapes]
     records: list[dict[str, Any]] = []
     with trace.marking():

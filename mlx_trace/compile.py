@@ -16,7 +16,7 @@ from tqc.mlx_trace.capture import capture
 from tqc.mlx_trace.execute import Unsupported
 from tqc.mlx_trace.graph import CaptureError
 from tqc.mlx_trace.pack import Choice, choose, pack
-from tqc.mlx_trace.packed_cache import adopt
+from tqc.mlx_trace.packed_batch import adopt_batch, is_waiting
 from tqc.mlx_trace.program import Program
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class Programs:
         self.refused: dict[Any, str] = {}
 
     def __call__(self, model: nn.Module, tokens: mx.array, caches: list[Any]) -> mx.array:
+        if any(map(is_waiting, leaves(caches))):
+            # Such a batch does not say where its padding begins: it is packed once it is gone.
+            return self.original.__call__(model, tokens, cache=caches)
         parts = [self._part(model, part, caches) for part in _cut(tokens)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
@@ -64,7 +67,7 @@ class Programs:
         if self.choice and self.choice.formats:
             for at, cache in enumerate(leaves(caches)):
                 if at in self.choice.formats:
-                    adopt(cache, self.choice.formats[at])
+                    adopt_batch(cache, self.choice.formats[at])
         return self.programs[key](tokens, caches)
 
     def _made(self, model: nn.Module, caches: list[Any], batch: int, length: int) -> Program:

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqc.config import Config
 from tqc.mlx_trace.compile import Programs, plain_model
 from tqc.mlx_trace.files import bytes_of
-from tqc.mlx_trace.packed_cache import PackedCache
+from tqc.mlx_trace.packed_cache import PackedSingle
 from tqc.report import Explanation, collect
 
 DECODED = 4
@@ -54,7 +54,7 @@ def explain(
 
 def _dense_bytes(cache: Any) -> int:
     """Bytes of the same tokens, dense."""
-    if not isinstance(cache, PackedCache):
+    if not isinstance(cache, PackedSingle):
         return cache.nbytes
     parts = [part.dense for part in (cache.keys, cache.values)]
     return sum(part.nbytes // part.shape[2] * cache.placement.held for part in parts)

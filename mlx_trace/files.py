@@ -102,7 +102,7 @@ def _cache(layer: Any, at: int) -> Any:
     (keys, placement), (values, other) = _packed(layer.keys), _packed(layer.values)
     if placement != other:
         raise ValueError(f"keys and values of layer {at} are placed in different ways: {placement} and {other}")
-    return holding(plain, keys, values, placement, (keys.fmt, values.fmt))
+    return holding(plain, keys, values, (placement,), (keys.fmt, values.fmt))
 
 
 def _packed(x: PackedTensor) -> tuple[Packed, Placement]:

@@ -6,6 +6,7 @@ Arrays are immutable, so a fork is another reference and every function gives ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,39 +20,76 @@ from tqc.mlx_trace.placement import Placement
 
 
 @dataclass(frozen=True)
-class Step:
-    """Where the tokens before a call are, and where those of the call go.
+class Call:
+    """Tokens on their way into caches: known on the host.
 
     Attributes:
-        begun: whether there are tokens before the call.
-        opens: whether the call brings the first page.
-        numbers: int32 [3], the state before the call.
-        position: int32 [places], see `Placement.positions`.
-        rows, packs, slots: see `Placement.rows_behind`, `packs` and `slots`.
+        length: of the call, padding included.
+        placements: before the call; one a sequence, or one for all of them.
+        skips: how many tokens of padding are in front of a sequence's own.
+        counts: how many are its own.
+    """
+
+    length: int
+    placements: tuple[Placement, ...]
+    skips: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def plain(placement: Placement, length: int) -> Call:
+        return Call(length, (placement,), (0,), (length,))
+
+    @property
+    def sequences(self) -> Iterator[tuple[Placement, int, int]]:
+        return zip(self.placements, self.counts, self.skips, strict=True)
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Whether there are tokens before the call, whether it brings a first page, whether there is padding."""
+        begun = any(placement.length for placement in self.placements)
+        opens = any(placement.opens(count) for placement, count, _ in self.sequences)
+        return begun, opens, any(self.skips) or any(count < self.length for count in self.counts)
+
+    def step(self, num_pages: int) -> Step:
+        numbers = [(p.length, p.packed, p.begin, count, skip) for p, count, skip in self.sequences]
+        packs = [placement.packs(count, skip) for placement, count, skip in self.sequences]
+        most = max(map(len, packs))
+        arrays = (
+            np.array(numbers, np.int32),
+            np.stack([placement.positions(num_pages) for placement in self.placements]),
+            np.stack([placement.rows_behind(count, skip) for placement, count, skip in self.sequences]),
+            np.stack([np.pad(found, (0, most - len(found))) for found in packs]),
+        )
+        return Step(*self.flags, *map(mx.array, arrays))
+
+
+@dataclass(frozen=True)
+class Step:
+    """The same as arrays, for a program: where tokens are, and where those of the call go.
+
+    Attributes:
+        begun, opens, padded: see `Call.flags`.
+        numbers: int32 [sequences, 5]: length, packed, begin, tokens of the call, padding in front of them.
+        position: int32 [sequences, places], see `Placement.positions`.
+        rows: int32 [sequences, token_rows], see `Placement.rows_behind`.
+        packs: int32 [sequences, a multiple of 32], see `Placement.packs`; longer than that for some sequences.
     """
 
     begun: bool
     opens: bool
+    padded: bool
     numbers: mx.array
     position: mx.array
     rows: mx.array
     packs: mx.array
-    slots: mx.array
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.numbers, self.position, self.rows, self.packs, self.slots]
+        return [self.numbers, self.position, self.rows, self.packs]
 
-    @staticmethod
-    def at(placement: Placement, count: int, num_pages: int) -> Step:
-        indices = (
-            np.array([placement.length, placement.packed, placement.begin], np.int32),
-            placement.positions(num_pages),
-            placement.rows_behind(count),
-            placement.packs(count),
-            placement.slots(count, num_pages),
-        )
-        return Step(placement.length > 0, placement.opens(count), *map(mx.array, indices))
+    def own(self, length: int) -> mx.array:
+        """Positions of the tokens of the call, [sequences, length]; those of padding are outside of what is stored."""
+        return (self.numbers[:, 0] - self.numbers[:, 4])[:, None] + mx.arange(length)
 
 
 @dataclass(frozen=True)
@@ -137,27 +175,55 @@ def append(cache: Packed, new: mx.array, query: mx.array | None = None) -> Packe
     fmt, step = cache.fmt, cache.step
     new = new.astype(cache.dense.dtype)
     both = mx.concatenate([cache.dense[:, :, : fmt.token_rows], new], axis=2)
-    dense = mx.concatenate([mx.take(both, step.rows, axis=2), cache.head], axis=2)
-    fresh = mx.take(both, step.packs, axis=2) if step.packs.shape[0] else None
+    dense = mx.concatenate([_taken(both, step.rows), cache.head], axis=2)
+    fresh = _taken(both, step.packs) if step.packs.shape[1] else None
     opening: tuple[mx.array, ...] = ()
     if step.opens and fmt.centred and query is not None:
-        shown = (step.position[: fmt.token_rows] >= 0)[:, None]
-        opening = mx.concatenate([mx.where(shown, both[:, :, : fmt.token_rows], 0), new], axis=2), query
+        own, first = step.own(new.shape[2]), step.numbers[:, :1]
+        real = (own >= first) & (own < first + step.numbers[:, 3:4])
+        shown = mx.concatenate([step.position[:, : fmt.token_rows] >= 0, real], axis=1)
+        opening = mx.where(shown[:, None, :, None], both, 0), mx.where(real[:, None, :, None], query, 0)
     return replace(cache, dense=dense, fresh=fresh, opening=opening)
 
 
-def settle(cache: Packed, step: Step) -> Packed:
-    """Pack what `append` has left, of the call that `step` was made for; there must be pages for it."""
-    fmt, fresh, pages, dense = cache.fmt, cache.fresh, cache.pages, cache.dense
-    if fresh is not None:
-        if step.opens and fmt.centred:
-            scales = mx.expand_dims(balance(*cache.opening), 2) if cache.opening else cache.head[:, :, 1:]
-            head = head_rows(fresh[:, :, :PAGE_TOKENS], scales, fmt)
-            dense = mx.concatenate([dense[:, :, : fmt.token_rows], head], axis=2)
-        kept = step.slots.shape[1] * PAGE_TOKENS
-        coded = encode_pages(fresh[:, :, -kept:], dense[:, :, fmt.token_rows :], fmt)
-        pages = _placed(pages, coded, step.slots[1], fmt)
+def _taken(x: mx.array, index: mx.array) -> mx.array:
+    """Rows of `x` [batch, heads, n, head_dim] at `index`, [1, m] for all sequences or [batch, m]."""
+    if index.shape[0] == 1:
+        return mx.take(x, index[0], axis=2)
+    shape = (*x.shape[:2], index.shape[1], x.shape[3])
+    return mx.take_along_axis(x, mx.broadcast_to(index[:, None, :, None], shape), axis=2)
+
+
+def settle(cache: Packed, call: Call) -> Packed:
+    """Pack what `append` has left of a call; there must be pages for it."""
+    fmt, fresh = cache.fmt, cache.fresh
+    if fresh is None:
+        return Packed(fmt, cache.pages, cache.dense)
+    if len(call.placements) == 1:
+        return _settled(cache, call.placements[0], call.counts[0])
+    pages, heads = cache.pages, []
+    for at, (placement, count, _) in enumerate(call.sequences):
+        row = cache.rows(slice(at, at + 1))
+        part = replace(row, fresh=fresh[at : at + 1], opening=tuple(held[at : at + 1] for held in cache.opening))
+        settled = _settled(part, placement, count)
+        heads.append(settled.head)
+        if settled.pages is not part.pages:
+            pages = mx.slice_update(pages, settled.pages, mx.array([at]), axes=(0,))
+    dense = mx.concatenate([cache.dense[:, :, : fmt.token_rows], mx.concatenate(heads)], axis=2)
     return Packed(fmt, pages, dense)
+
+
+def _settled(cache: Packed, placement: Placement, count: int) -> Packed:
+    fmt, head, pages = cache.fmt, cache.head, cache.pages
+    chosen, slots = placement.slots(count, cache.num_pages)
+    if not len(chosen) or cache.fresh is None:
+        return Packed(fmt, pages, cache.dense)
+    if placement.opens(count) and fmt.centred:
+        scales = mx.expand_dims(balance(*cache.opening), 2) if cache.opening else head[:, :, 1:]
+        head = head_rows(cache.fresh[:, :, :PAGE_TOKENS], scales, fmt)
+    run = cache.fresh[:, :, chosen[0] * PAGE_TOKENS : (chosen[-1] + 1) * PAGE_TOKENS]
+    pages = _placed(pages, encode_pages(run, head, fmt), mx.array(slots), fmt)
+    return Packed(fmt, pages, mx.concatenate([cache.dense[:, :, : fmt.token_rows], head], axis=2))
 
 
 def _placed(pages: mx.array, coded: mx.array, slots: mx.array, fmt: PackedFormat) -> mx.array:
@@ -195,13 +261,21 @@ def cut(cache: Packed, placement: Placement, length: int) -> tuple[Packed, Place
 
 
 def packed_from(
-    keys: mx.array, values: mx.array, formats: tuple[PackedFormat, PackedFormat], query: mx.array | None = None
+    keys: mx.array, values: mx.array, formats: tuple[PackedFormat, PackedFormat], start: int = 0
 ) -> tuple[Packed, Packed, Placement]:
-    """Dense tokens [batch, heads, n, head_dim], packed."""
-    count, start = keys.shape[2], Placement.empty(formats[0])
-    made = []
-    for dense, fmt, by in ((keys, formats[0], query), (values, formats[1], None)):
-        cache = Packed.empty(dense.shape[0], dense.shape[1], fmt, dense.dtype).with_pages(start.behind(count).pages())
-        step = Step.at(start, count, cache.num_pages)
-        made.append(settle(append(replace(cache, step=step), dense, by), step))
-    return made[0], made[1], start.behind(count)
+    """Dense tokens [batch, heads, n, head_dim] from position `start` on, packed; those before it have been dropped."""
+    empty = Placement.empty(formats[0])
+    call = Call.plain(replace(empty, length=start, packed=empty.fmt.packed_tokens(start), begin=start), keys.shape[2])
+    after, made = call.placements[0].behind(call.length), []
+    for dense, fmt in zip((keys, values), formats, strict=True):
+        cache = Packed.empty(dense.shape[0], dense.shape[1], fmt, dense.dtype).with_pages(after.pages())
+        made.append(settle(append(replace(cache, step=call.step(cache.num_pages)), dense), call))
+    return made[0], made[1], after
+
+
+def stacked(parts: Sequence[Packed]) -> Packed:
+    """One batch of several."""
+    most = max(part.num_pages for part in parts)
+    parts = [part.with_pages(most) for part in parts]
+    pages, dense = (mx.concatenate([getattr(part, name) for part in parts]) for name in ("pages", "dense"))
+    return Packed(parts[0].fmt, pages, dense)

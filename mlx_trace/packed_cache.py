@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from tqc.format import PackedFormat
-from tqc.mlx_trace.packed import Packed, Step, append, cut, packed_from, read, roomy, settle
+from tqc.mlx_trace.packed import Call, Packed, append, cut, packed_from, read, roomy, settle
 from tqc.mlx_trace.placement import Placement
 
 Formats = tuple[PackedFormat, PackedFormat]
@@ -25,23 +25,13 @@ class PackedCache:
 
     Attributes:
         formats: of keys and values.
-        placement: where the tokens are, the same for both.
+        placements: where the tokens are, the same for keys and values: one for all sequences, or one for each.
     """
 
     formats: Formats
-    placement: Placement
+    placements: tuple[Placement, ...]
     keys: Any
     values: Any
-
-    @property
-    def offset(self) -> int:
-        """How many tokens came."""
-        return self.placement.length
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the dense keys that this stands for."""
-        return (*self.keys.dense.shape[:2], self.placement.held, self.keys.dense.shape[3])
 
     def start(self, keys: mx.array, values: mx.array) -> None:
         """Hold no token of these shapes and dtypes yet."""
@@ -50,29 +40,51 @@ class PackedCache:
             for held, fmt in zip((keys, values), self.formats, strict=True)
         )
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` tokens."""
-        pages = roomy(self.placement, count, self.keys.num_pages)
+    def call(self, length: int) -> Call:
+        """What a call of `length` tokens brings to this cache."""
+        return Call(length, self.placements, (0,) * len(self.placements), (length,) * len(self.placements))
+
+    def reserve(self, call: Call) -> None:
+        """Make room for the tokens of a call."""
+        present = self.keys.num_pages
+        pages = max(roomy(placement, count, present) for placement, count, _ in call.sequences)
         self.keys, self.values = self.keys.with_pages(pages), self.values.with_pages(pages)
 
-    def hold(self, keys: Packed, values: Packed, count: int) -> None:
-        """Take what has become of the parts once `count` tokens are stored."""
-        self.keys, self.values, self.placement = keys, values, self.placement.behind(count)
+    def hold(self, keys: Packed, values: Packed, call: Call) -> None:
+        """Take what has become of the parts once the tokens of a call are stored."""
+        self.keys, self.values = keys, values
+        self.placements = tuple(placement.behind(count) for placement, count, _ in call.sequences)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """For calls that no captured program serves: new tokens are stored, and all of them decoded."""
         if self.keys is None:
             self.start(keys, values)
-        before, count = self.keys_and_values(), keys.shape[2]
-        self.reserve(count)
-        step = Step.at(self.placement, count, self.keys.num_pages)
+        before, call = self.keys_and_values(), self.call(keys.shape[2])
+        self.reserve(call)
+        step = call.step(self.keys.num_pages)
         k, v = append(replace(self.keys, step=step), keys), append(replace(self.values, step=step), values)
-        self.hold(settle(k, step), settle(v, step), count)
+        self.hold(settle(k, call), settle(v, call), call)
         return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The tokens that are held, decoded: [batch, heads, held, head_dim]."""
-        return read(self.keys, self.placement), read(self.values, self.placement)
+        return read(self.keys, self.placements[0]), read(self.values, self.placements[0])
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        raise ValueError("the cache is packed already: give no kv_bits to a model of tqc.compile_mlx")
+
+
+class PackedSingle(PackedCache):
+    """Caches whose sequences, mostly one, have the same tokens."""
+
+    @property
+    def placement(self) -> Placement:
+        return self.placements[0]
+
+    @property
+    def offset(self) -> int:
+        """How many tokens came."""
+        return self.placement.length
 
     def trim(self, n: int) -> int:
         """Drop the last `n` tokens, or all that are held; returns how many."""
@@ -80,12 +92,9 @@ class PackedCache:
         if n:
             length = self.placement.length - n
             self.keys, after = cut(self.keys, self.placement, length)
-            self.values, self.placement = cut(self.values, self.placement, length)
-            assert after == self.placement
+            self.values, _ = cut(self.values, self.placement, length)
+            self.placements = (after,)
         return n
-
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        raise ValueError("the cache is packed already: give no kv_bits to a model of tqc.compile_mlx")
 
     @property
     def _trees(self) -> list[Any]:
@@ -96,15 +105,21 @@ class PackedCache:
         return [[part.pages, part.dense, str(part.fmt), *numbers] for part in (self.keys, self.values)]
 
 
-class PackedKVCache(PackedCache, KVCache):
+class PackedKVCache(PackedSingle, KVCache):
     """A KVCache."""
 
     @property
     def state(self) -> Any:
         return (*self._trees, self.offset)
 
+    @classmethod
+    def merge(_, caches: Any) -> Any:
+        from tqc.mlx_trace.packed_batch import merge
 
-class PackedRotatingKVCache(PackedCache, RotatingKVCache):
+        return merge(caches)
+
+
+class PackedRotatingKVCache(PackedSingle, RotatingKVCache):
     """A RotatingKVCache that keeps no first tokens: a sliding window."""
 
     @property
@@ -117,17 +132,23 @@ class PackedRotatingKVCache(PackedCache, RotatingKVCache):
     def is_trimmable(self) -> bool:
         return self.placement.begin == 0
 
+    @classmethod
+    def merge(_, caches: Any) -> Any:
+        from tqc.mlx_trace.packed_batch import merge
 
-_CLASSES = {KVCache: PackedKVCache, RotatingKVCache: PackedRotatingKVCache}
-for _plain, _packed in _CLASSES.items():
+        return merge(caches)
+
+
+CLASSES: dict[type, type] = {KVCache: PackedKVCache, RotatingKVCache: PackedRotatingKVCache}
+for _plain, _packed in CLASSES.items():
     _packed.__name__ = _plain.__name__
 
 
 def adopt(cache: Any, formats: Formats) -> Any:
-    """Turn a plain cache into a packed one, in place, with the tokens that it holds.
+    """Turn a plain KVCache or RotatingKVCache into a packed one, in place, with the tokens that it holds.
 
     Raises:
-        ValueError: for a cache that was saved in other formats.
+        ValueError: for a cache that was packed or saved in other formats.
     """
     if isinstance(cache, PackedCache):
         if cache.formats != formats:
@@ -144,24 +165,19 @@ def adopt(cache: Any, formats: Formats) -> Any:
             for fmt, held in zip(formats, (keys, values), strict=True)
         )
     elif keys is not None:
-        count = cache.offset
-        keys, values = (cache._temporal_order(held) for held in (keys, values)) if _turns(cache) else (keys, values)
-        keys, values, placement = packed_from(keys[:, :, :count], values[:, :, :count], formats)
-        if _turns(cache) and count > placement.length:
-            raise ValueError("a full RotatingKVCache was filled by another model: its first tokens are gone")
-    return holding(cache, keys, values, placement, formats)
+        if isinstance(cache, RotatingKVCache):
+            keys, values = cache._temporal_order(keys), cache._temporal_order(values)
+        keys, values = keys[:, :, : cache.offset], values[:, :, : cache.offset]
+        keys, values, placement = packed_from(keys, values, formats, cache.offset - keys.shape[2])
+    return holding(cache, keys, values, (placement,), formats)
 
 
-def holding(plain: Any, keys: Any, values: Any, placement: Placement, formats: Formats) -> Any:
+def holding(plain: Any, keys: Any, values: Any, placements: tuple[Placement, ...], formats: Formats) -> Any:
     """A plain cache, turned into a packed one with these parts."""
     vars(plain).pop("offset", None)
-    plain.__class__ = _CLASSES[type(plain)]
-    plain.keys, plain.values, plain.placement, plain.formats = keys, values, placement, formats
+    plain.__class__ = CLASSES[type(plain)]
+    plain.keys, plain.values, plain.placements, plain.formats = keys, values, placements, formats
     return plain
-
-
-def _turns(cache: Any) -> bool:
-    return type(cache) is RotatingKVCache
 
 
 def _said(formats: Formats) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
 
 from tqc.mlx_trace.caches import Kind
 from tqc.mlx_trace.graph import CaptureError
@@ -26,12 +27,12 @@ class Growing(Kind):
 
     def __init__(self, cache: Any) -> None:
         super().__init__()
-        self.made_by = type(cache).__mro__[-3] if hasattr(cache, "placement") else type(cache)
         self.max_size = getattr(cache, "max_size", None)
+        self.batched = isinstance(cache, (BatchKVCache, BatchRotatingKVCache))
 
     @property
     def signature(self) -> Any:
-        return (self.name, self.max_size)
+        return (self.name, self.max_size, self.batched)
 
     @property
     def keep(self) -> int | None:
@@ -39,7 +40,7 @@ class Growing(Kind):
         return None if self.max_size is None else self.max_size - 1
 
     def fresh(self) -> Any:
-        return self.made_by() if self.max_size is None else self.made_by(self.max_size)
+        return KVCache() if self.max_size is None else RotatingKVCache(self.max_size)
 
     def learn(self, cache: Any) -> None:
         held = [] if cache.keys is None else [dense_of(cache.keys), dense_of(cache.values)]
@@ -55,11 +56,11 @@ class Growing(Kind):
             if (part.dense.shape[1], part.dense.shape[3], part.dense.dtype) != (shape[1], shape[3], dtype):
                 held, wanted = _said(part.dense.shape, part.dense.dtype), _said(shape, dtype)
                 raise ValueError(f"the cache holds {held}, and the model makes {wanted}: it is of another model")
-        cache.reserve(length)
+        cache.reserve(cache.call(length))
         return [cache.keys, cache.values]
 
     def store(self, cache: Any, arrays: list[Any], length: int) -> None:
-        cache.hold(*arrays, length)
+        cache.hold(*arrays, cache.call(length))
 
 
 def _said(shape: Any, dtype: mx.Dtype) -> str:

@@ -67,18 +67,19 @@ class Placement:
             made[fmt.token_rows + coded % (num_pages * PAGE_TOKENS)] = fmt.sink_tokens + coded
         return made
 
-    def rows_behind(self, count: int) -> np.ndarray:
-        """Which of [rows of `dense`, new tokens] each row holds once `count` tokens are stored: int32 [token_rows]."""
+    def rows_behind(self, count: int, skip: int = 0) -> np.ndarray:
+        """Which of [rows of `dense`, new tokens] each row holds once `count` tokens are stored, those behind the first
+        `skip`: int32 [token_rows]."""
         fmt, after = self.fmt, self.behind(count)
         made = np.arange(fmt.token_rows, dtype=np.int32)
         fresh = np.arange(self.length, after.length)
         fresh = fresh[(fresh < fmt.sink_tokens) | (fresh >= fmt.sink_tokens + after.packed)]
         ring = fmt.sink_tokens + (fresh - fmt.sink_tokens) % fmt.residual_window
-        made[np.where(fresh < fmt.sink_tokens, fresh, ring)] = fmt.token_rows + fresh - self.length
+        made[np.where(fresh < fmt.sink_tokens, fresh, ring)] = fmt.token_rows + skip + fresh - self.length
         return made
 
-    def packs(self, count: int) -> np.ndarray:
-        """Which of [rows of `dense`, new tokens] are packed when `count` tokens are stored, in order: int32 [a multiple
+    def packs(self, count: int, skip: int = 0) -> np.ndarray:
+        """Which of [rows of `dense`, new tokens] are packed when these tokens are stored, in order: int32 [a multiple
         of 32]."""
         fmt = self.fmt
         u = np.arange(self.packed, self.behind(count).packed)

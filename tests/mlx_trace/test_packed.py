@@ -22,7 +22,7 @@ from tqc.mlx_trace import codec  # noqa: E402
 from tqc.mlx_trace.arrays import array_of, tensor_of  # noqa: E402
 from tqc.mlx_trace.attention import attend  # noqa: E402
 from tqc.mlx_trace.balance import balance  # noqa: E402
-from tqc.mlx_trace.packed import Packed, Step, append, cut, read, settle  # noqa: E402
+from tqc.mlx_trace.packed import Call, Packed, append, cut, read, settle  # noqa: E402
 from tqc.mlx_trace.placement import Placement  # noqa: E402
 from tqc.ops.value import Planes  # noqa: E402
 
@@ -60,11 +60,12 @@ class Twins:
 
     def stepped(self, count: int) -> Packed:
         self.ours = self.ours.with_pages(self.placement.behind(count).pages())
-        return replace(self.ours, step=Step.at(self.placement, count, self.ours.num_pages))
+        return replace(self.ours, step=Call.plain(self.placement, count).step(self.ours.num_pages))
 
     def extend(self, new: Tensor, query: Tensor | None = None) -> None:
         ours = append(self.stepped(new.shape[2]), array_of(new), None if query is None else array_of(query))
-        self.ours, self.placement = settle(ours, ours.step), self.placement.behind(new.shape[2])
+        call = Call.plain(self.placement, new.shape[2])
+        self.ours, self.placement = settle(ours, call), self.placement.behind(new.shape[2])
         self.own = ops.extend(self.own, new, query)
 
     def cut(self, length: int) -> None:
@@ -142,22 +143,3 @@ def test_attention_is_the_references(
             v.extend(new[1])
             k.share()
             v.share()
-
-
-def test_attention_leaves_out_the_padding_of_a_batch() -> None:
-    torch.manual_seed(0)
-    k, v = Twins(PackedFormat(16, 8, True, 4, 32)), Twins(PackedFormat(16, 8, False, 4, 32))
-    for count in (0, 120):
-        if count:
-            new = torch.randn(2, 1, 2, count, 16)
-            k.extend(new[0])
-            v.extend(new[1])
-        query, key, value = (torch.randn(1, heads, 60, 16) for heads in (4, 2, 2))
-        columns, rows = torch.arange(count + 60), count + torch.arange(60)[:, None]
-        mask = (columns <= rows) & (columns >= 50)
-        expected = ops.attend(query, k.own, v.own, key, value, attn_mask=mask, scale=0.3)
-        arrays = [array_of(x) for x in (query, key, value)]
-        padding = array_of(torch.tensor([50], dtype=torch.int32))
-        made = attend(arrays[0], k.stepped(60), v.stepped(60), *arrays[1:], None, padding, scale=0.3)
-        shown = slice(0 if count else 50, None)
-        assert torch.allclose(tensor_of(made)[:, :, shown], expected[:, :, shown], atol=0.02)
