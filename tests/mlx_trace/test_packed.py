@@ -83,9 +83,9 @@ class Twins:
         expected = ops.read(self.own)
         held = tensor_of(read(self.ours, self.placement))
         assert held.shape == expected.shape
-        # Nearly all tokens alike; where a code fell the other way, by one level.
-        wrong = ((held - expected).abs() > 1e-3).float().mean() if held.numel() else 0
-        assert wrong < 0.02, wrong
+        # Nearly all tokens alike; where a code falls the other way, its whole token does by the scale.
+        wrong = ((held - expected).abs() > 1e-3).any(-1).sum()
+        assert wrong <= max(3, 0.02 * held[..., 0].numel()), wrong
 
 
 FORMATS = [
