@@ -155,7 +155,7 @@ def read(pages: Tensor, dense: Tensor, state: Tensor, length: int, spec: str) ->
     """
     fmt = PackedFormat.parse(spec)
     if pages.dim() == 3:
-        pages = pages.unflatten(2, (pages.shape[2] // fmt.page_bytes, fmt.page_bytes))
+        pages = pages.unflatten(2, (pages.shape[2] // fmt.block_bytes, fmt.block_bytes))
     return unfold(held(pages, dense, state, length, fmt), fmt)
 
 
