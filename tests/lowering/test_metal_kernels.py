@@ -219,9 +219,9 @@ def test_each_sequence_with_its_own_state_and_padding(device):
         batch[name] = torch.stack([torch.nn.functional.pad(given[name], (0, 2), value=-1) for given in alone])
     joined = {name: to_mlx(x) for name, x in {**alone[0], **batch}.items()}
     out, lse = launch.attend(**joined, padding=mx.array(padded))
-    for i, (one, skip) in enumerate(zip(alone, padded, strict=True)):
-        one |= {name: one[name][:, :, skip:] for name in ("query", "key", "value")}
-        expected, expected_lse = planes.attend(**one)
+    for i, (own, skip) in enumerate(zip(alone, padded, strict=True)):
+        own |= {name: own[name][:, :, skip:] for name in ("query", "key", "value")}
+        expected, expected_lse = planes.attend(**own)
         compare(to_torch(out)[i : i + 1, :, skip:], expected, dtype)
         compare(to_torch(lse)[i : i + 1, :, skip:], expected_lse, dtype)
 
