@@ -234,7 +234,11 @@ def test_keys_and_values_that_differ_give_nans(device):
     assert out.isnan().all() and lse.isnan().all()
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+# Keys of each width; values that are plain, centred, folded.
+STORED = [(k, dtype) for k, _, dtype, *_ in CASES] + [(CASES[at][1], CASES[at][2]) for at in (0, 3, 6)]
+
+
+@pytest.mark.parametrize("fmt, dtype", STORED, ids=[f"{fmt.head_dim}-{fmt.bits}" for fmt, _ in STORED])
 @settings(drawn, max_examples=3)
 @given(
     sizes=st.lists(st.integers(1, 130), min_size=1, max_size=4),
@@ -243,29 +247,27 @@ def test_keys_and_values_that_differ_give_nans(device):
     special=st.sampled_from(["none", "zeros", "not finite", "large"]),
 )
 @example(sizes=[1, 50, 2], count=220, keep=None, special="not finite")
-def test_append_and_read(device, case, sizes, count, keep, special):
+def test_append_and_read(device, fmt, dtype, sizes, count, keep, special):
     """Also with tokens that are zeros, that hold NaNs, or whose squares overflow."""
-    k_fmt, v_fmt, dtype, *_ = case
-    for fmt in (k_fmt, v_fmt):
-        fmt = with_keep(fmt, keep)
-        generator = torch.Generator().manual_seed(count)
-        new = torch.randn(1, 2, count, fmt.head_dim, generator=generator) + 1
-        if special == "zeros":
-            new[:, :, ::5] = 0.0
-        elif special == "not finite":
-            new[:, 0, 50, 3], new[:, 1, 45:50, 1] = math.inf, math.nan
-        elif special == "large":
-            new[:, :, 40:60] *= 1e4 if dtype == torch.float16 else 1e25
-        # A sliding window's pages may be read while later tokens come, 32 at a time.
-        sizes = sizes if keep is None else [min(size, 32) for size in sizes]
-        store = make_store(1, 2, count, fmt, dtype)
-        actual = appended(store, new.to(dtype), fmt, sizes)
-        for part in new.to(dtype).split(32, dim=2):
-            planes.append(*store, part, None, str(fmt))
-        check_store(actual, store, fmt, dtype)
-        length = int(store[2][0] - store[2][2])
-        tile = launch.read(*map(to_mlx, store), 5, length, str(fmt))
-        compare(to_torch(tile), planes.read(*store, length + 5, str(fmt))[:, :, 5:], dtype)
+    fmt = with_keep(fmt, keep)
+    generator = torch.Generator().manual_seed(count)
+    new = torch.randn(1, 2, count, fmt.head_dim, generator=generator) + 1
+    if special == "zeros":
+        new[:, :, ::5] = 0.0
+    elif special == "not finite":
+        new[:, 0, 50, 3], new[:, 1, 45:50, 1] = math.inf, math.nan
+    elif special == "large":
+        new[:, :, 40:60] *= 1e4 if dtype == torch.float16 else 1e25
+    # A sliding window's pages may be read while later tokens come, 32 at a time.
+    sizes = sizes if keep is None else [min(size, 32) for size in sizes]
+    store = make_store(1, 2, count, fmt, dtype)
+    actual = appended(store, new.to(dtype), fmt, sizes)
+    for part in new.to(dtype).split(32, dim=2):
+        planes.append(*store, part, None, str(fmt))
+    check_store(actual, store, fmt, dtype)
+    length = int(store[2][0] - store[2][2])
+    tile = launch.read(*map(to_mlx, store), 5, length, str(fmt))
+    compare(to_torch(tile), planes.read(*store, length + 5, str(fmt))[:, :, 5:], dtype)
 
 
 def test_faults_are_named(device):
