@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from tqc.format import PackedFormat
+from tqc.lowering.grouped import Grouped
 
 
 class Unavailable(RuntimeError):
@@ -30,6 +31,8 @@ class Provider:
 
             Raises: `Unavailable`, if they cannot be had.
         folded: whether they take folded formats.
+        grouped: whether formats with groups can be had of them by `tqc.lowering.grouped`: `append` and `attend` take
+            tensors of pages with any strides, and states of caches that begin behind the sinks or what is packed.
         pairs: whether there is `append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start,
             k_spec, v_spec)`, which appends keys and values in one launch.
         chains: whether there are `make_chain`, `run_chain` and `chain_seconds`, by which layers run in one call (see
@@ -42,6 +45,7 @@ class Provider:
     supports: Callable[[PackedFormat, PackedFormat, torch.dtype, str], str | None]
     load: Callable[[], Any]
     folded: bool = False
+    grouped: bool = False
     pairs: bool = False
     chains: bool = False
     waits_for_device: bool = True
@@ -49,6 +53,13 @@ class Provider:
     @cached_property
     def kernels(self) -> Any:
         return self.load()
+
+    @cached_property
+    def for_groups(self) -> Provider:
+        """The same for formats with groups."""
+        if not self.grouped:
+            return self
+        return replace(self, load=lambda: Grouped(self.kernels), pairs=False, chains=False)
 
     def unavailable(self) -> str | None:
         """Why its kernels cannot be had here, or None. May build them."""

@@ -52,6 +52,8 @@ def choose(
         reason = provider.supports(k_fmt, v_fmt, dtype, device_type)
         if v_fmt.folded and not provider.folded:
             reason = reason or "takes no folded values"
+        if k_fmt.groups and not provider.grouped and provider is not providers()[-1]:
+            reason = reason or "takes no groups of tokens"
         if reason is None:
             try:
                 _ = provider.kernels
@@ -60,7 +62,7 @@ def choose(
                 if requested == AUTO:
                     _warn(provider.name, reason)
         if reason is None:
-            return provider, refusals
+            return provider.for_groups if k_fmt.groups else provider, refusals
         refusals.append(f"{provider.name}: {reason}")
     raise ValueError(f"provider {requested!r} cannot be used: {'; '.join(refusals)}")
 

@@ -32,7 +32,7 @@ def assert_same(actual: Any, expected: Any, dtype_error: float = 2e-5) -> None:
         return
     assert isinstance(actual, PackedTensor) and actual.fmt == expected.fmt and actual.shape[2] == expected.length
     assert actual.state.tolist() == expected.state.tolist()
-    used = int(expected.state[1]) // 32
+    used = int(expected.state[1]) // expected.fmt.block_tokens
     assert torch.equal(actual.pages[:, :, :used], expected.pages[:, :, :used])
     stored = int(expected.state[0])
     ours, theirs = (torch.ops.tqai.read(*x, stored, expected.fmt.spec) for x in (parts(actual), expected.parts))
@@ -81,6 +81,7 @@ class Checked:
 CASES = [
     ("llama", "dynamic", {}),
     ("llama", "dynamic", {"fold_values": True, "bits_k": 3, "bits_v": 2}),
+    ("llama", "dynamic", {"strategy": "evict", "scorer": "palm", "residual_window": 64}),
     ("qwen3", "static", {"bits_k": 4, "bits_v": 2}),
     ("gpt_oss", "dynamic", {}),
     *(

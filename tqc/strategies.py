@@ -46,6 +46,12 @@ class Strategy:
         needed = PAGE_TOKENS * self.pages + max(self.scorer.query_count - 1, 0)
         return -(-needed // PAGE_TOKENS) * PAGE_TOKENS
 
+    @property
+    def tiers_text(self) -> str:
+        """As the option `tiers` has it, without widths that the tiers do not say."""
+        tiers = "+".join(f"{pages}" if bits is None else f"{pages}x{bits}" for pages, bits in self.tiers)
+        return f"{tiers}/{self.pages}"
+
     def groups(self, bits: int, repeats: int | None) -> Groups:
         """Groups of keys whose heads have `repeats` query heads, or of values where it is None.
 

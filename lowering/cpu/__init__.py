@@ -17,8 +17,6 @@ def supports(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, devic
         return f"runs on cpu, not on {device_type}"
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {dtype}"
-    if k_fmt.groups or v_fmt.groups:
-        return "takes no groups of tokens"
     for fmt in (k_fmt, v_fmt):
         if fmt.head_dim > MAX_HEAD_DIM:
             return f"takes a head_dim of at most {MAX_HEAD_DIM}, not {fmt.head_dim}"
@@ -32,4 +30,4 @@ def load() -> Any:
     return kernels
 
 
-PROVIDER = Provider("cpu", rank=10, supports=supports, load=load, folded=True, chains=True)
+PROVIDER = Provider("cpu", rank=10, supports=supports, load=load, folded=True, grouped=True, chains=True)

@@ -24,8 +24,6 @@ def supports(k_fmt: PackedFormat, v_fmt: PackedFormat, dtype: torch.dtype, devic
         return f"runs on cuda, not on {device_type}"
     if dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, not {dtype}"
-    if k_fmt.groups or v_fmt.groups:
-        return "takes no groups of tokens"
     for fmt in (k_fmt, v_fmt):
         if not MIN_HEAD_DIM <= fmt.head_dim <= MAX_HEAD_DIM:
             return f"takes a head_dim of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {fmt.head_dim}"

@@ -20,6 +20,10 @@ TIERED = {"strategy": "tiered", "tiers": "1x8+2x8/4", "residual_window": 160, "s
 WHOLE = {"strategy": "tiered", "tiers": "1x8+1x8/2", "residual_window": 96, "scorer": "knorm"}
 TEXT = prompt(length=400)
 STRATEGIES = {"evict": EVICT, "tiered": TIERED, "whole": WHOLE}
+SOME = pytest.mark.parametrize(
+    "name",
+    ["evict", pytest.param("tiered", marks=pytest.mark.extended), pytest.param("whole", marks=pytest.mark.extended)],
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,7 @@ def test_evicted_tokens_are_as_if_they_were_masked(llama, caches):
     assert_close(logits, expected, 0.01, "logits")
 
 
+@pytest.mark.extended
 def test_a_prompt_in_pieces_keeps_the_same_tokens(llama, caches):
     cache = DynamicCache()
     with compiled(llama, **EVICT):
@@ -128,7 +133,7 @@ def test_a_batch_is_reordered_selected_and_repeated(caches, name):
     assert torch.equal(gone(cache), gone(whole).flip(0))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@SOME
 def test_saved_and_loaded_it_goes_on_as_before(llama, caches, tmp_path, name):
     loaded, own = round_trip(copy.deepcopy(caches[name]), tmp_path), copy.deepcopy(caches[name])
     ids = TEXT[:, 330:]
@@ -138,7 +143,7 @@ def test_saved_and_loaded_it_goes_on_as_before(llama, caches, tmp_path, name):
     assert torch.equal(gone(loaded), gone(own)) and int(loaded.layers[0].keys.state[1]) > 128
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@SOME
 def test_a_fork_leaves_its_sibling_alone(llama, caches, name):
     cache = copy.deepcopy(caches[name])
     fork = DynamicCache()
@@ -168,6 +173,7 @@ def test_a_crop_behind_what_was_evicted_works_and_another_is_refused_before_anyt
     assert cache.get_seq_length() == 132
 
 
+@pytest.mark.extended
 def test_a_crop_anywhere_where_nothing_is_evicted(llama, caches):
     cache = copy.deepcopy(caches["whole"])
     cache.crop(100 - cache.get_seq_length())

@@ -162,13 +162,15 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads and head_dims of one layer's keys and values, whether they are packed, and the layer's number."""
+    """Heads and head_dims of one layer's keys and values, whether they are packed, the layer's number, and query heads
+    to a head where its tokens are scored."""
 
     heads: int
     k_head_dim: int
     v_head_dim: int
     packed: bool
     number: int = 0
+    repeats: int | None = None
 
     @property
     def elements(self) -> int:
@@ -178,7 +180,12 @@ class LayerShape:
 def layer_shapes(cache: Any) -> list[LayerShape]:
     """Shapes of the layers of a cache that holds something."""
     return [
-        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], isinstance(keys, PackedTensor), number)
+        LayerShape(
+            *(keys.shape[1], keys.shape[3], values.shape[3]),
+            isinstance(keys, PackedTensor),
+            number,
+            keys.fmt.groups.repeats if isinstance(keys, PackedTensor) and keys.fmt.groups else None,
+        )
         for number, keys, values in _states(cache)
     ]
 
@@ -208,7 +215,8 @@ def all_in_bits(config: Config, shapes: Sequence[LayerShape], length: int = BITS
             held += 2 * length * shape.elements
             continue
         head_dims = (shape.k_head_dim, shape.v_head_dim)
-        for fmt in config.of_layer(shape.number, shape.heads, *head_dims).formats(*head_dims):
+        own = config.of_layer(shape.number, shape.heads, *head_dims)
+        for fmt in own.formats(*head_dims, repeats=shape.repeats):
             storage = Storage.allocate(1, shape.heads, fmt, torch.bfloat16, torch.device("cpu"), 1)
             for tokens in range(1, length + 1):
                 storage.reserve(tokens)

@@ -125,6 +125,10 @@ def parse_setting(setting: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]
     if not isinstance(setting, str):
         options = dict(setting)
         config = Config.from_options(options)
+        if config.groups:
+            parts = [f"{config.groups.name} {config.groups.tiers_text}", str(config.groups.scorer)]
+            bits = [] if config.tiers or config.budget_bits else [f"k{config.bits_k}v{config.bits_v}"]
+            return " ".join([*bits, *parts, f"w{config.residual_window}"]), options
         widths = f"{config.widths.bits:.4g}-bits" if isinstance(config.widths, Widths) else None
         name = f"{widths or f'k{config.bits_k}v{config.bits_v}'}:w{config.residual_window}:s{config.sink_tokens}"
         return options.get("preset", name) if len(options) <= 1 else name, options

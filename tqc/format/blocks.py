@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tqc.format.packed import PAGE_TOKENS, PackedFormat
 from tqc.format.quantizer import decode_pages, encode_pages
 
 
-def encode_blocks(x: torch.Tensor, head: torch.Tensor, fmt: PackedFormat, score: torch.Tensor | None) -> torch.Tensor:
+def encode_blocks(
+    x: torch.Tensor,
+    head: torch.Tensor,
+    fmt: PackedFormat,
+    score: torch.Tensor | None,
+    encode: Callable[[torch.Tensor, torch.Tensor, PackedFormat], torch.Tensor] = encode_pages,
+) -> torch.Tensor:
     """Encode what packing takes at once: whole pages or, where the format has groups, whole groups.
 
     Args:
@@ -16,12 +24,13 @@ def encode_blocks(x: torch.Tensor, head: torch.Tensor, fmt: PackedFormat, score:
         head: as in `encode_pages`.
         score: of each token, float32 [batch, heads, n * block_tokens]: the higher, the more exactly it is kept; among
             equals the later one. Only for groups.
+        encode: in the place of `encode_pages`.
 
     Returns:
         uint8 [batch, heads, n, block_bytes].
     """
     if fmt.groups is None:
-        return encode_pages(x, head, fmt)
+        return encode(x, head, fmt)
     if score is None:
         raise ValueError(f"tokens of groups are packed by their scores, and there are none: {fmt}")
     order = _ranked(score.unflatten(-1, (-1, fmt.block_tokens)))
@@ -31,7 +40,7 @@ def encode_blocks(x: torch.Tensor, head: torch.Tensor, fmt: PackedFormat, score:
         count = pages * PAGE_TOKENS
         place = order[..., first : first + count].sort(-1).values
         chosen = tokens.gather(3, place.unsqueeze(-1).expand(*place.shape, x.shape[-1]))
-        coded = encode_pages(chosen.flatten(2, 3), head, tier)
+        coded = encode(chosen.flatten(2, 3), head, tier)
         parts.append(coded.unflatten(2, (-1, pages)).flatten(3))
         places.append(place.to(torch.uint8))
         first += count

@@ -207,6 +207,11 @@ class PackedFormat:
         fmt, pages, offset = self.tiers[-1]
         return offset + pages * fmt.page_bytes
 
+    @cached_property
+    def of_least_window(self) -> PackedFormat:
+        """The same pages behind the smallest window and without sinks."""
+        return replace(self, sink_tokens=0, residual_window=PAGE_TOKENS, groups=None)
+
     @property
     def evicts(self) -> bool:
         return self.groups is not None and self.groups.evicts

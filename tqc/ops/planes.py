@@ -10,6 +10,7 @@ A cache is its three parts (`pages`, `dense`, `state`; see `tqc.format`) and the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tqc.format.blocks import decode_blocks, encode_blocks, kept, tier_pages
 from tqc.format.quantizer import (
     decode_levels,
     decoded,
+    encode_pages,
     head_rows,
     token_scales,
     unfold,
@@ -57,6 +59,20 @@ def append(
         ValueError: if tokens would be packed by scores that are not there, or from `start` on tokens would be dropped
             out of a group of which some were evicted.
     """
+    append_by(encode_pages, pages, dense, state, new, start, spec, score)
+
+
+def append_by(
+    encode: Callable[[Tensor, Tensor, PackedFormat], Tensor],
+    pages: Tensor,
+    dense: Tensor,
+    state: Tensor,
+    new: Tensor,
+    start: Tensor | None,
+    spec: str,
+    score: Tensor | None,
+) -> None:
+    """`append` with another `encode_pages`."""
     fmt = PackedFormat.parse(spec)
     length, packed, begin = state.tolist()
     if start is not None:
@@ -87,7 +103,7 @@ def append(
         slots = torch.arange(page, packed_after // fmt.block_tokens, device=new.device) % max(1, pages.shape[2])
         left = run[:, :, page * fmt.block_tokens - packed :]
         score = score[..., : left.shape[2]] if score is not None and fmt.groups else None
-        pages[:, :, slots] = encode_blocks(left, fmt.head(dense), fmt, score)
+        pages[:, :, slots] = encode_blocks(left, fmt.head(dense), fmt, score, encode)
     kept = rest[:, :, max(0, packed_after - first) :]
     slots = torch.arange(max(first, packed_after), max(first, packed_after) + kept.shape[2], device=new.device)
     ring[:, :, slots % fmt.residual_window] = kept
