@@ -9,7 +9,9 @@ from tqc.format import PAGE_TOKENS, PackedFormat
 from tqc.lowering.onnx.builder import Body, Value
 from tqc.lowering.onnx.encode import (
     Tables,
+    back_in_order,
     decode_levels,
+    in_element_order,
     page_centres,
     rotate,
     table_inputs,
@@ -97,7 +99,8 @@ def read_function(name: str, fmt: PackedFormat) -> FunctionProto:
     parts = {part: body.input(part) for part in part_names(fmt)}
     places = Places(body, state, fmt)
     pages = _pages(places, parts)
-    y = body.reshape(decode_levels(body, pages, fmt, tables), 0, 0, -1, PAGE_TOKENS, fmt.head_dim)
+    levels = back_in_order(body, decode_levels(body, pages, fmt, tables), fmt)
+    y = body.reshape(levels, 0, 0, -1, PAGE_TOKENS, fmt.head_dim)
     y = y * body.op("Unsqueeze", token_scales(body, pages, tables), body.ints(-1))
     if fmt.centred:
         centre = page_centres(body, pages) + body.float(body.slice(parts["head"], 0, 1, 2))
@@ -130,7 +133,7 @@ def _packed_scores(
         q = q * body.float(body.slice(parts["head"], 1, 2, 2))
     norm = body.op("Sqrt", body.reduce("Sum", q * q, -1))
     q = q if fmt.folded else rotate(body, q, tables)
-    p = q @ body.transpose(decode_levels(body, pages, fmt, tables))
+    p = in_element_order(body, q, fmt) @ body.transpose(decode_levels(body, pages, fmt, tables))
     p = p + body.op("Relu", p - norm) * fmt.score_stretch
     scale = body.reshape(token_scales(body, pages, tables), 0, 0, 1, -1)
     scores = p * scale
@@ -150,7 +153,7 @@ def _packed_output(
     pages = _pages(places, parts)
     scale = places.held(body.reshape(token_scales(body, pages, tables), 0, 0, 1, -1), 3)
     levels = places.held(decode_levels(body, pages, fmt, tables), 2)
-    y = (weights * scale) @ levels
+    y = back_in_order(body, (weights * scale) @ levels, fmt)
     return y if fmt.folded else y @ tables.rotation
 
 

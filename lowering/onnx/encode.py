@@ -23,11 +23,13 @@ class Tables:
         rotation: float32 [d, d].
         levels: float32 [2**bits].
         factors: float32 [256], of scale codes.
+        lookup: float32 [n, fields], levels of all fields of a byte (see `lookup_table`).
     """
 
     rotation: Value
     levels: Value
     factors: Value
+    lookup: Value
 
 
 def table_arrays(fmt: PackedFormat) -> dict[str, np.ndarray]:
@@ -36,11 +38,34 @@ def table_arrays(fmt: PackedFormat) -> dict[str, np.ndarray]:
         f"tqc.rotation.{fmt.rotation}{fmt.seed}.d{fmt.head_dim}": fmt.rotation_matrix().numpy(),
         f"tqc.levels.d{fmt.head_dim}.b{fmt.bits}": fmt.levels().numpy(),
         "tqc.factors": scale_table().numpy(),
+        f"tqc.lookup.d{fmt.head_dim}.b{fmt.bits}": lookup_table(fmt),
     }
 
 
+def lookup_table(fmt: PackedFormat) -> np.ndarray:
+    """Levels of the elements whose codes begin in one byte of the widest plane, float32 [n, fields].
+
+    Row `low + 256 * high`: `low` is that byte, and field f of `high`, of the same width, has the bits that the narrower
+    planes hold of the same element (see `_high_bits`).
+    """
+    width = fmt.planes[0][0]
+    fields, rest = 8 // width, fmt.bits - width
+    field = np.arange(fields) * width
+    highest = int((((1 << rest) - 1) << field).sum()) if rest else 0
+    low, high = np.meshgrid(np.arange(256), np.arange(highest + 1))
+    code = (low[..., None] >> field) & ((1 << width) - 1) | ((high[..., None] >> field) & ((1 << rest) - 1)) << width
+    return fmt.levels().numpy()[code.reshape(-1, fields)]
+
+
+def element_order(fmt: PackedFormat) -> list[int]:
+    """Which element of a vector each of those is that `decode_levels` makes."""
+    fields = 8 // fmt.planes[0][0]
+    stride = fmt.head_dim // fields
+    return [field * stride + byte for byte in range(stride) for field in range(fields)]
+
+
 def table_inputs(body: Body, fmt: PackedFormat, prefix: str) -> Tables:
-    return Tables(*(body.input(f"{prefix}_{name}") for name in ("rotation", "levels", "factors")))
+    return Tables(*(body.input(f"{prefix}_{name}") for name in ("rotation", "levels", "factors", "lookup")))
 
 
 def rotate(body: Body, x: Value, tables: Tables) -> Value:
@@ -177,14 +202,41 @@ def unpack_plane(body: Body, packed: Value, width: int) -> Value:
 
 
 def decode_levels(body: Body, parts: dict[str, Value], fmt: PackedFormat, tables: Tables) -> Value:
-    """Levels of the codes of pages, float32 [batch, heads, n * 32, d], rotated and without scales."""
-    codes = None
-    for width, shift, _ in fmt.planes:
-        rows = body.reshape(parts[f"plane{width}"], 0, 0, -1, fmt.head_dim * width // 8)
-        plane = body.shift(unpack_plane(body, rows, width), shift, "LEFT")
-        codes = plane if codes is None else codes | plane
-    assert codes is not None
-    return body.gather(tables.levels, body.cast(codes, np.int32), 0)
+    """Levels of the codes of pages, float32 [batch, heads, n * 32, d], rotated and without scales, their elements in
+    `element_order`: all fields of a byte are looked up at once."""
+    width, *narrower = [width for width, _, _ in fmt.planes]
+    stride = fmt.head_dim * width // 8
+    index = body.cast(body.reshape(parts[f"plane{width}"], 0, 0, -1, stride), np.int32)
+    high, shift = None, 0
+    for narrow in narrower:
+        bits = body.shift(_high_bits(body, parts[f"plane{narrow}"], narrow, width, fmt.head_dim), shift, "LEFT")
+        high, shift = bits if high is None else high | bits, shift + narrow
+    if high is not None:
+        index = index + body.cast(high, np.int32) * body.constant(256, np.int32)
+    return body.reshape(body.gather(tables.lookup, index, 0), 0, 0, -1, fmt.head_dim)
+
+
+def _high_bits(body: Body, plane: Value, narrow: int, width: int, d: int) -> Value:
+    """The bits that a narrower plane holds of the elements in each byte of the widest, uint8 [batch, heads, tokens,
+    bytes of the widest plane], in fields of its width.
+
+    Element f * stride + j, field f of byte j of the widest plane, is in byte j % s of the narrower one, s = d * narrow
+    / 8, at bit narrow * (j // s) + f * width.
+    """
+    packed = body.reshape(plane, 0, 0, -1, d * narrow // 8)
+    wanted = sum(((1 << narrow) - 1) << field for field in range(0, 8, width))
+    shifted = (body.shift(packed, narrow * part, "RIGHT") for part in range(width // narrow))
+    return body.concat(*(body.op("BitwiseAnd", x, body.constant(wanted, np.uint8)) for x in shifted), axis=-1)
+
+
+def in_element_order(body: Body, x: Value, fmt: PackedFormat) -> Value:
+    """Vectors as `decode_levels` orders their elements."""
+    return body.op("Gather", x, body.constant(element_order(fmt), np.int64), axis=-1)
+
+
+def back_in_order(body: Body, x: Value, fmt: PackedFormat) -> Value:
+    """Inverse of `in_element_order`."""
+    return body.op("Gather", x, body.constant(np.argsort(element_order(fmt)), np.int64), axis=-1)
 
 
 def token_scales(body: Body, parts: dict[str, Value], tables: Tables) -> Value:

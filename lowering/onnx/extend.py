@@ -13,7 +13,7 @@ from tqc.lowering.onnx.places import Places, begin_at, later_state, packed_at
 
 
 def extend_function(name: str, fmt: PackedFormat, balanced: bool) -> FunctionProto:
-    """`(new, state, after, [query], rotation, levels, factors, *parts) -> *parts`, see `tqc.ops.extend`.
+    """`(new, state, after, [query], *tables, *parts) -> *parts`, see `tqc.ops.extend`.
 
     `after` is anything that must have been computed before the cache's memory is written: what reads the cache as it
     was.

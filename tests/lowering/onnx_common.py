@@ -65,7 +65,7 @@ def run(function: FunctionProto, feeds: dict[str, np.ndarray], level: str = "ORT
 
 
 def tables(prefix: str, fmt: PackedFormat) -> dict[str, np.ndarray]:
-    names = (f"{prefix}_{name}" for name in ("rotation", "levels", "factors"))
+    names = (f"{prefix}_{name}" for name in ("rotation", "levels", "factors", "lookup"))
     return dict(zip(names, table_arrays(fmt).values(), strict=True))
 
 

@@ -23,6 +23,8 @@ FORMATS = [
     PackedFormat(DIM, 2, True, 0, 64, keep=150),
     PackedFormat(DIM, 3, True, 4, 32, rotation="haar"),
     PackedFormat(DIM, 4, True, 40, 32, keep=70),
+    PackedFormat(DIM, 5, True, 4, 32),
+    PackedFormat(DIM, 6, True, 4, 32),
     PackedFormat(DIM, 7, True, 4, 32),
     PackedFormat(DIM, 8, True, 4, 32),
 ]
