@@ -35,11 +35,12 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "ops", "passes", "lowering", "cache", "execute"),
         *("report", "optimized_module", "recompiles", "torch_private"),
     },
+    "diffusion": {"format", "config", "ops", "passes", "backend", "torch_private"},
     "explainer": {
         *("passes", "cache", "report", "backend"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
-    "tqc": {"config", "cache", "explainer", "mlx_trace"},
+    "tqc": {"config", "cache", "explainer", "mlx_trace", "diffusion"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "widths", "cache"},
     "cli": {"tqc", "config", "widths", "lowering", "evaluate", "models", "cache_folder", "torch_private"},

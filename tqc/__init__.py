@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tqc.cache.io import cache_bytes, load_cache, save_cache
     from tqc.cache.packed_tensor import PackedTensor
     from tqc.config import PRESETS, Config
+    from tqc.diffusion.pipeline import compile_pipeline, decompile_pipeline
+    from tqc.diffusion.vae import optimize_vae_memory, patch_mps_compatibility
     from tqc.explainer import explain
     from tqc.mlx_trace.compile import compile_mlx, decompile_mlx
 
@@ -23,9 +25,13 @@ __all__ = [
     "PackedTensor",
     "cache_bytes",
     "compile_mlx",
+    "compile_pipeline",
     "decompile_mlx",
+    "decompile_pipeline",
     "explain",
     "load_cache",
+    "optimize_vae_memory",
+    "patch_mps_compatibility",
     "save_cache",
 ]
 
@@ -35,8 +41,12 @@ _HOME = {
     "PackedTensor": "cache.packed_tensor",
     "cache_bytes": "cache.io",
     "compile_mlx": "mlx_trace.compile",
+    "compile_pipeline": "diffusion.pipeline",
     "decompile_mlx": "mlx_trace.compile",
+    "decompile_pipeline": "diffusion.pipeline",
     "load_cache": "cache.io",
+    "optimize_vae_memory": "diffusion.vae",
+    "patch_mps_compatibility": "diffusion.vae",
     "save_cache": "cache.io",
     "explain": "explainer",
 }
