@@ -38,12 +38,13 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "ops", "passes", "lowering", "cache", "execute"),
         *("report", "optimized_module", "recompiles", "torch_private"),
     },
+    "diffusion": {"format", "config", "ops", "passes", "backend", "torch_private"},
     "explainer": {
         *("passes", "cache", "report", "backend", "mlx_trace"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
     "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
-    "tqc": {"config", "cache", "caches", "explainer", "export", "mlx_trace"},
+    "tqc": {"config", "cache", "caches", "explainer", "export", "mlx_trace", "diffusion"},
     "models": {"cache_folder"},
     "evaluate": {"format", "config", "widths", "cache"},
     "cli": {

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tqc.cache.packed_tensor import PackedTensor
     from tqc.caches import cache_bytes, load_cache, save_cache
     from tqc.config import PRESETS, Config
+    from tqc.diffusion.pipeline import compile_pipeline, decompile_pipeline
+    from tqc.diffusion.vae import optimize_vae_memory, patch_mps_compatibility
     from tqc.explainer import explain
     from tqc.export.generator import OnnxGenerator
     from tqc.export.onnx import export_onnx
@@ -26,10 +28,14 @@ __all__ = [
     "PackedTensor",
     "cache_bytes",
     "compile_mlx",
+    "compile_pipeline",
     "decompile_mlx",
+    "decompile_pipeline",
     "explain",
     "export_onnx",
     "load_cache",
+    "optimize_vae_memory",
+    "patch_mps_compatibility",
     "save_cache",
 ]
 
@@ -39,7 +45,11 @@ _HOME = {
     "PackedTensor": "cache.packed_tensor",
     "cache_bytes": "caches",
     "compile_mlx": "mlx_trace.compile",
+    "compile_pipeline": "diffusion.pipeline",
     "decompile_mlx": "mlx_trace.compile",
+    "decompile_pipeline": "diffusion.pipeline",
+    "optimize_vae_memory": "diffusion.vae",
+    "patch_mps_compatibility": "diffusion.vae",
     "load_cache": "caches",
     "save_cache": "caches",
     "explain": "explainer",
