@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
     "tqc": {"config", "cache", "explainer", "export", "mlx_trace"},
     "models": {"cache_folder"},
-    "evaluate": {"format", "config", "widths", "cache"},
+    "evaluate": {"format", "config", "widths", "cache", "export"},
     "cli": {
         *("tqc", "config", "widths", "lowering", "evaluate", "export", "models", "cache_folder", "torch_private"),
     },
