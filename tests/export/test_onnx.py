@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,8 +14,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from transformers import DynamicCache
 
+import tqc
 from tests.models.common import FAMILIES, prompt
+from tqc.config import Config
+from tqc.evaluate.decode import Decoder, decode_in_step
+from tqc.evaluate.onnx import onnx_decoder
+from tqc.export.cache_file import load, save
 from tqc.export.capture import ExportError
 from tqc.export.check import compare
 from tqc.export.generator import OnnxGenerator
@@ -41,8 +48,10 @@ def assert_same(model: Any, folder: Path, options: dict[str, Any] | None) -> Non
     mask[0, :5] = 0
     torch._dynamo.reset()
     found = compare(model, folder, options, ids, PROMPT, mask)
-    assert max(found.prefill, found.decode) <= 2e-4 and found.same_tokens == found.steps == 1 + STEPS, found
-    assert found.codes == 0 and bool(found.code_bytes) == (options is not None), found
+    assert found.prefill <= 2e-4 and found.same_tokens == found.steps == 1 + STEPS, found
+    # A number that lies on the edge between two codes may be rounded to either, and shows in the logits then.
+    assert found.codes <= found.code_bytes / 2000 and found.decode <= (5e-3 if found.codes else 2e-4), found
+    assert bool(found.code_bytes) == (options is not None), found
 
 
 def test_llama_as_torch_has_it(llama: Path) -> None:
@@ -116,6 +125,50 @@ def test_a_step_copies_no_cache(llama: Path, capfd: pytest.CaptureFixture[str]) 
     assert "copying past_cache" in capfd.readouterr().err
 
 
+def test_a_cache_goes_into_a_file_and_back(llama: Path, tmp_path: Path) -> None:
+    """One format: torch goes on from what onnxruntime stored, and so does onnxruntime."""
+    generator, file = OnnxGenerator(llama), tmp_path / "cache.safetensors"
+    ids = prompt(1, 110)
+    generator.step(ids[:, :109].numpy())
+    save(generator, file)
+    torch._dynamo.reset()
+    call = torch.compile(build("llama"), backend="tqai", options={**OPTIONS, "rest": "eager", "provider": "reference"})
+    with torch.no_grad():
+        wanted = call(ids[:, 109:], past_key_values=tqc.load_cache(file), use_cache=True).logits
+    made = generator.step(ids[:, 109:].numpy())
+    assert np.abs(made - wanted.numpy()).max() <= 2e-4
+    other = OnnxGenerator(llama)
+    load(other, file)
+    assert np.array_equal(other.step(ids[:, 109:].numpy()), made)
+
+    cache = tqc.load_cache(file)
+    cache.layers[1].keys = cache.layers[1].keys.dequantize()
+    tqc.save_cache(cache, file)
+    with pytest.raises(ModelFileError, match="has nothing packed for 1.key, and the model takes tq2:"):
+        load(other, file)
+
+
+@pytest.mark.extended
+def test_evaluation_finds_what_torch_finds() -> None:
+    model = build("llama")
+    formats = Config.from_options(OPTIONS).formats(16, 16)
+    call = torch.compile(model, backend="tqai", options={**OPTIONS, "rest": "eager", "provider": "reference"})
+    decoders = [
+        Decoder("dense", model, lambda: DynamicCache(config=model.config)),
+        Decoder("torch", call, lambda: DynamicCache(config=model.config), formats),
+        onnx_decoder("onnx", model, OPTIONS, formats, 220),
+    ]
+    with torch.no_grad():
+        scores = decode_in_step(decoders[0], decoders[1:], prompt(1, 200), 64, lambda line: None, {})
+    found = {name: score.summary()["kl_mean"] for name, score in scores.items()}
+    assert found["torch"] > 0 and abs(found["onnx"] / found["torch"] - 1) < 0.02, found
+    ours = decoders[2]
+    assert [layer.keys.shape[2] for layer in ours.held(ours.cache).layers] == [200, 200]
+    forked = copy.deepcopy(ours.cache)
+    made = [cache.step(np.array([[5]])) for cache in (ours.cache, forked)]
+    assert np.array_equal(*made) and ours.cache.length == forked.length == 201
+
+
 def test_too_much_for_the_cache(llama: Path) -> None:
     generator = OnnxGenerator(llama)
     with pytest.raises(ValueError, match="the prompt has 161 tokens, more than max_cache_len, 160"):
@@ -176,6 +229,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             export_onnx(model, tmp_path / path, **options)
         assert "\n" not in str(caught.value)
+    model.compile(backend="eager")
+    with pytest.raises(ExportError, match="model is compiled already"):
+        export_onnx(model, tmp_path / "out")
     with pytest.raises(ExportError, match="model must be one of transformers that generates, got Linear"):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -255,6 +255,9 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
     numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
+    backend: Annotated[
+        str, typer.Option(help="What runs the caches: torch, or onnx, for which models are exported.")
+    ] = ("torch"),
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
     plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
     dtype: Dtype = "auto",
@@ -266,9 +269,11 @@ def evaluate(
 
     from tqc import models
     from tqc.config import PRESETS
+    from tqc.evaluate.evaluation import BACKENDS, parse_setting
     from tqc.evaluate.evaluation import evaluate as run_evaluation
-    from tqc.evaluate.evaluation import parse_setting
 
+    if backend not in BACKENDS:
+        raise BadInput(f"--backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     calibrated = given_options(
         widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
     )
@@ -303,6 +308,7 @@ def evaluate(
                         numbers=numbers,
                         peers=peers,
                         on_step=status.update,
+                        backend=backend,
                     )
             except ValueError as error:
                 raise BadInput(f"{error}, with model {name!r}" if name else str(error)) from None

@@ -34,6 +34,9 @@ from tqc.evaluate.needles import NUMBERS, HiddenNumbers, hide_numbers
 from tqc.widths import Widths
 
 DENSE, OURS, PEER = "dense", "tqc", "peer"
+BACKENDS = ("torch", "onnx")
+# Tokens that questions about a text take behind it, for which an exported model must have room.
+ROOM = 256
 
 
 @dataclass
@@ -170,6 +173,7 @@ def evaluate(
     seed: int = 0,
     peers: bool = False,
     on_step: Callable[[str], None] | None = None,
+    backend: str = "torch",
 ) -> Evaluation:
     """Compare caches of `settings` with the dense cache, all on the same text, in one run.
 
@@ -183,6 +187,7 @@ def evaluate(
         seed: which numbers, and whose.
         peers: also evaluate caches of other projects, as far as they are installed.
         on_step: called with a line about what is being done.
+        backend: what runs the settings' caches: "torch", or "onnx", for which the model is exported with each.
 
     Raises:
         ValueError: for a setting that cannot be read, a text that is too short, a tokenizer that does not tell
@@ -191,6 +196,8 @@ def evaluate(
     report = on_step or (lambda line: None)
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise ValueError("model is compiled already: give it as it was loaded")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if tokens < score_from + 2:
         raise ValueError(f"tokens must be at least {score_from + 2}, as scores start at {score_from}; got {tokens}")
     parsed = [parse_setting(setting) for setting in settings]
@@ -206,7 +213,7 @@ def evaluate(
         raise ValueError(f"text has {ids.shape[1]} tokens, fewer than score_from={score_from} and two more")
     hidden = hide_numbers(tokenizer, text, tokens, numbers, seed, model.device) if numbers else None
 
-    dense, decoders, rows = _decoders(model, parsed, peers)
+    dense, decoders, rows = _decoders(model, parsed, peers, None if backend == "torch" else tokens + ROOM)
     failed: dict[str, str] = {}
     alive = [decoder for decoder in decoders if not rows[decoder.name].reason]
     # Each setting has its own few graphs of one model.
@@ -236,9 +243,10 @@ def evaluate(
 
 
 def _decoders(
-    model: Any, parsed: Sequence[tuple[str, dict[str, Any]]], peers: bool
+    model: Any, parsed: Sequence[tuple[str, dict[str, Any]]], peers: bool, exported: int | None
 ) -> tuple[Decoder, list[Decoder], dict[str, Row]]:
-    """The dense decoder, all others, and an empty row for each; those that cannot run have a reason."""
+    """The dense decoder, all others, and an empty row for each; those that cannot run have a reason. `exported` is how
+    many tokens those of ours shall have room for in onnxruntime; None for torch."""
     from transformers import DynamicCache
 
     def new_cache() -> Any:
@@ -250,8 +258,13 @@ def _decoders(
         config = Config.from_options(options)
         # Neither head_dim nor width has a say in which tokens are packed.
         formats = () if config.off else config.formats(64, 64)
-        compiled = torch.compile(model, backend="tqai", options={"rest": "eager", **options})
-        decoders.append(Decoder(name, compiled, new_cache, formats))
+        if exported is None or config.off:
+            compiled = torch.compile(model, backend="tqai", options={"rest": "eager", **options})
+            decoders.append(Decoder(name, compiled, new_cache, formats))
+        else:
+            from tqc.evaluate.onnx import onnx_decoder
+
+            decoders.append(onnx_decoder(name, model, options, formats, exported))
         rows[name] = Row(name, OURS, options)
     if peers:
         from tqc.evaluate.peers import PEERS
@@ -273,12 +286,13 @@ def _fill(row: Row, scores: Mapping[str, Scores], decoder: Decoder, dense: Decod
     for name, number in summary.items():
         setattr(row, name, number)
     row.perplexity_increase = summary["perplexity"] / reference["perplexity"] - 1
-    row.cache_bytes = cache_bytes(decoder.cache)
+    cache = decoder.held(decoder.cache)
+    row.cache_bytes = cache_bytes(cache)
     row.bits = row.cache_bytes * 8 / elements(dense.cache)
     if row.kind == PEER:
         row.bits_4096 = measured_bits(decoder.new_cache, layer_shapes(dense.cache)[0])
         return
-    shapes, config = layer_shapes(decoder.cache), Config.from_options(row.options)
+    shapes, config = layer_shapes(cache), Config.from_options(row.options)
     row.packed_layers = sum(shape.packed for shape in shapes)
     row.bits_4096 = all_in_bits(config, shapes)
     if row.kind == OURS and not config.off and not row.packed_layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -72,6 +73,33 @@ class OnnxGenerator:
         # In the order in which `step` binds them.
         later = [*self._states, *(cache["name"] for cache in self.metadata["dense"])]
         self._outputs += [*(f"present.{name}" for name in later), "logits"]
+
+    def fork(self) -> OnnxGenerator:
+        """Another generator of the same model and session that holds the same tokens in memory of its own."""
+        other, held = copy.copy(self), self.cache
+        dense = [cache["name"] for cache in self.metadata["dense"]]
+        parts = {name: held[name].copy() for name in self._values if name not in dense}
+        other.restore(parts, {name: held[name].copy() for name in self._states}, self.mask)
+        other._values |= {name: self._value(held[name].copy()) for name in dense}
+        return other
+
+    def __deepcopy__(self, memo: Any) -> OnnxGenerator:
+        return self.fork()
+
+    def restore(self, parts: dict[str, np.ndarray], states: dict[str, np.ndarray], mask: np.ndarray) -> None:
+        """Put tokens into the cache that another one held (see `tqc.export.cache_file`).
+
+        Args:
+            parts: tensors of packed caches, by name.
+            states: by name.
+            mask: int64 [batch, tokens], 0 for padding.
+        """
+        self.reset(mask.shape[0])
+        for name, array in parts.items():
+            self._values[name].update_inplace(np.ascontiguousarray(array))
+        for name, array in states.items():
+            self._states[name][0] = self._value(array)
+        self.mask, self.length = mask, mask.shape[1]
 
     def _value(self, array: np.ndarray) -> Any:
         import onnxruntime

@@ -23,6 +23,7 @@ from tqc.export.metadata import DATA_FILE, METADATA, MODEL_FILE
 from tqc.format.packed import FORMAT_VERSION
 from tqc.ops import example
 from tqc.passes.plan import DENSE, Plan
+from tqc.torch_private import get_compiled
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ def _check(model: Any, folder: Path, max_cache_len: int, opset: int) -> None:
         raise ExportError(f"path {str(folder)!r} cannot be written: {str(parent)!r} is read-only")
     if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise ExportError(f"model must be one of transformers that generates, got {type(model).__name__}")
+    if get_compiled(model) is not None or hasattr(model, "_orig_mod"):
+        raise ExportError("model is compiled already: give it as it was loaded")
     if model.device.type != "cpu":
         raise ExportError(f"model must be on the CPU, it is on {model.device}")
 
