@@ -67,8 +67,7 @@ def test_attention_over_each_tier_is_joined_to_attention_over_all(kernels, group
         )
         for count in (1, 3):
             query, key, value = (normal(2, heads, count, 32, seed=5 + heads) for heads in (4, 2, 2))
-            mask = torch.ones(2, 1, count, length + count, dtype=torch.bool)
-            mask[1, ..., :30] = False
+            mask = normal(2, 1, count, length + count, seed=11) > 0  # holes everywhere
             added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
             sinks = normal(4, seed=9)
             cases = [(None, None, True), (mask, sinks, False)] if length == 400 else [(None, sinks, True)]
@@ -76,7 +75,7 @@ def test_attention_over_each_tier_is_joined_to_attention_over_all(kernels, group
                 args = (query, *keys.parts, *values.parts, key, value, attn_mask, logits, None, 0.3, 0.0, causal)
                 out, lse = kernels.attend(*args, k_fmt.spec, v_fmt.spec)
                 expected, expected_lse = planes.attend(*args, k_fmt.spec, v_fmt.spec)
-                torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01)
+                torch.testing.assert_close(out, expected, rtol=0.03, atol=0.03)  # products of bytes
                 torch.testing.assert_close(lse, expected_lse, rtol=0.01, atol=0.01)
                 assert out.shape == expected.shape and out.transpose(1, 2).is_contiguous()
 

@@ -10,6 +10,7 @@ import torch
 
 from tests.common import normal
 from tqc import ops
+from tqc.cli.plugins import described, table
 from tqc.format import PackedFormat
 from tqc.ops import Planes
 from tqc.ops.value import PackedValue
@@ -117,6 +118,13 @@ def test_its_text_gives_it_back_and_names_its_parameters(name):
     assert plugin.__doc__ and plugins()[name].__module__ and (plugin.paper or name == "random")
     with pytest.raises(ValueError, match=f"scorer {name} has no parameter 'quries'"):
         make("scorer", name, {"quries": 3})
+
+
+def test_the_command_line_lists_all_of_them():
+    found = {plugin["name"]: plugin for plugin in described()}
+    assert set(found) == set(plugins()) and all(plugin["title"] for plugin in found.values())
+    assert found["snapkv"]["parameters"] == {"queries": 16, "kernel": 5, "by_value": True}
+    assert table(list(found.values())).row_count == len(found)
 
 
 def test_unknown_names_and_values_are_errors_with_the_nearest():

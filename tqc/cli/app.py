@@ -76,7 +76,9 @@ BudgetBits = Annotated[
 ]
 Strategy = Annotated[
     str | None,
-    typer.Option(help="What becomes of tokens that leave the window: evict or tiered; else all are kept alike."),
+    typer.Option(
+        help="What becomes of tokens that leave the window: tiered, or evict, which forgets what nobody asked for yet."
+    ),
 ]
 Scorer = Annotated[str | None, typer.Option(help="With --strategy: which tokens stay (see `tqc plugins`).")]
 Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the share of tokens that stays.")]
