@@ -184,6 +184,21 @@ def test_a_generation_starts_anew_where_the_timestep_jumps_up_or_the_shape_chang
     assert generation.nbytes == 2 * 3 * 64 * 64 * 4
 
 
+def test_a_new_generation_forgets_the_branches_and_the_state_of_the_last_one():
+    dispatcher = make_dispatcher(transformer("wan"), cfg_sharing=True)
+    generation = dispatcher._generations()[0]
+
+    def advance(name, timestep):
+        dispatcher.running.name = name
+        branch = dispatcher._advance(generation, {"hidden_states": torch.zeros(1), "timestep": timestep})
+        return dispatcher._other(generation, branch)
+
+    assert [advance("cond", 900), advance("uncond", 900)] == [None, "cond"]
+    generation.keep("cond", (0, "attn"), torch.zeros(1, 4, 2, 8))
+    assert advance("uncond", 950) is None
+    assert generation.nbytes == 0
+
+
 def test_a_call_that_fails_frees_the_state():
     model = transformer("dit")
     dispatcher = compiled(model, strategy="share")

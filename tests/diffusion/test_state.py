@@ -35,6 +35,7 @@ def test_two_branches_hold_one_state():
     generation.take_over("uncond", "cond", (0, "attn"))
     assert generation.nbytes == 4 * 2 * 8 * 4
     generation.drop("cond", {0})
+    assert not generation.held["cond"]
     assert torch.equal(generation.read("uncond", (0, "attn")), normal(1, 4, 2, 8))
     assert generation.nbytes == 4 * 2 * 8 * 4
 
