@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tqc.cli.inputs import BadInput, fitting_widths, flag, given_options, load, load_with_prompt, text_of
+from tqc.cli.inputs import (
+    BadInput,
+    fitting_options,
+    fitting_widths,
+    flag,
+    given_options,
+    load,
+    load_with_prompt,
+    text_of,
+    ways_of,
+)
 from tqc.cli.onnx import is_exported
 
 if TYPE_CHECKING:
@@ -59,6 +69,12 @@ def _count(help: str, parser: Callable[[str | int], int] = _whole_number) -> Any
     return typer.Option(parser=parser, metavar="N", help=help)
 
 
+def _backend(text: str) -> str:
+    if text not in ("torch", "mlx"):
+        raise typer.BadParameter(f"must be torch or mlx; got {text!r}")
+    return text
+
+
 Prompt = Annotated[str, typer.Argument(help="Text to continue; a chat turn where the model has a chat template.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id; the embedded SmolLM2-135M if absent.")
@@ -83,6 +99,7 @@ Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the sha
 SkipLayers = Annotated[str | None, typer.Option(metavar="N,N", help="Layers whose cache stays dense, as 0,1,-1.")]
 MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Backend = Annotated[str, typer.Option(parser=_backend, metavar="NAME", help="torch, or mlx for a model of mlx-lm.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 EXPLAIN_PROMPT = "What is gravity?"
@@ -125,6 +142,7 @@ def run(
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
@@ -138,11 +156,10 @@ def run(
         _run_exported(str(model), prompt, max_tokens, as_json, {**options, **({"dense": True} if dense else {})})
         return
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
-        from tqc.cli.generate import compile_model, generate
-
-        with fitting_widths():
-            compile_model(loaded, None if dense else options)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt, backend)
+        ways = ways_of(backend)
+        with fitting_widths(), fitting_options(backend):
+            ways.compile_model(loaded, None if dense else options)
         status.update("compiling (cached for the next time)")
 
         def show(text: str) -> None:
@@ -151,7 +168,7 @@ def run(
                 print(text, end="", flush=True)
 
         with fitting_widths():
-            result = generate(loaded, tokenizer, inputs, max_tokens, show)
+            result = ways.generate(loaded, tokenizer, inputs, max_tokens, show)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -178,6 +195,7 @@ def compare(
     skip_layers: SkipLayers = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
@@ -186,11 +204,9 @@ def compare(
         *(strategy, scorer, keep, skip_layers),
     )
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
-        from tqc.cli.generate import compare as compare_runs
-
-        with fitting_widths():
-            result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt, backend)
+        with fitting_widths(), fitting_options(backend):
+            result = ways_of(backend).compare(loaded, tokenizer, inputs, max_tokens, options, status.update)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -216,6 +232,7 @@ def explain(
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
     ] = False,
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
@@ -223,12 +240,14 @@ def explain(
         widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
     )
     with _status("loading the model") as status:
-        loaded, _, inputs = load_with_prompt(model, dtype, prompt)
+        loaded, _, inputs = load_with_prompt(model, dtype, prompt, backend)
         import tqc
 
         status.update("tracing")
-        with fitting_widths():
-            report = tqc.explain(loaded, options=options, **inputs, graphs=graphs)
+        given = {"tokens": inputs["input_ids"].numpy()} if backend == "mlx" else inputs
+        with fitting_widths(), fitting_options(backend):
+            explained = loaded.model if backend == "mlx" else loaded
+            report = tqc.explain(explained, options=options, **given, graphs=graphs)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -258,6 +277,7 @@ def evaluate(
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
     plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
     dtype: Dtype = "auto",
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Measure how far compressed caches move a model's predictions, and whether it still finds numbers hidden in a
@@ -291,7 +311,7 @@ def evaluate(
     names: list[str | None] = [*model] if model else [None]
     for name in names:
         with _status("loading the model") as status:
-            loaded, tokenizer = load(name, dtype)
+            loaded, tokenizer = load(name, dtype, backend)
             try:
                 with fitting_widths():
                     result = run_evaluation(

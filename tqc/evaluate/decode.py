@@ -36,6 +36,7 @@ class Decoder:
         new_cache: makes an empty cache.
         formats: of the packed tensors in the cache; they say which positions see equally much of it packed.
         optional: whether the others go on without it where it raises.
+        held: the cache as one of transformers.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Decoder:
     new_cache: Callable[[], Any]
     formats: tuple[PackedFormat, ...] = ()
     optional: bool = False
+    held: Callable[[Any], Any] = lambda cache: cache
 
     def __post_init__(self) -> None:
         self.cache = self.new_cache()

@@ -170,7 +170,8 @@ def evaluate(
     """Compare caches of `settings` with the dense cache, all on the same text, in one run.
 
     Args:
-        model: a causal language model of transformers, as it was loaded (not compiled).
+        model: a causal language model of transformers, as it was loaded (not compiled); or one of mlx-lm, in an
+            `tqc.mlx_trace.as_torch.AsTorch`.
         settings: see `parse_setting`.
         text: what is decoded; `default_text()` if None. Numbers are hidden in it too.
         tokens: how many tokens of it, fewer if it is shorter.
@@ -235,19 +236,14 @@ def _decoders(
     model: Any, parsed: Sequence[tuple[str, dict[str, Any]]], peers: bool
 ) -> tuple[Decoder, list[Decoder], dict[str, Row]]:
     """The dense decoder, all others, and an empty row for each; those that cannot run have a reason."""
-    from transformers import DynamicCache
-
-    def new_cache() -> Any:
-        return DynamicCache(config=model.config)
-
-    dense = Decoder(DENSE, model, new_cache)
+    new_cache, compiled, held = _ways(model)
+    dense = Decoder(DENSE, model, new_cache, held=held)
     decoders, rows = [], {DENSE: Row(DENSE, DENSE)}
     for name, options in parsed:
         config = Config.from_options(options)
         # Neither head_dim nor width has a say in which tokens are packed.
         formats = () if config.off else config.formats(64, 64)
-        compiled = torch.compile(model, backend="tqai", options={"rest": "eager", **options})
-        decoders.append(Decoder(name, compiled, new_cache, formats))
+        decoders.append(Decoder(name, compiled(options), new_cache, formats, held=held))
         rows[name] = Row(name, OURS, options)
     if peers:
         from tqc.evaluate.peers import PEERS
@@ -263,18 +259,31 @@ def _decoders(
     return dense, decoders, rows
 
 
+def _ways(model: Any) -> tuple[Callable[[], Any], Callable[[dict[str, Any]], Any], Callable[[Any], Any]]:
+    """What makes a cache of a model, what compiles it with options, and a cache as one of transformers."""
+    if not isinstance(model, torch.nn.Module):
+        return model.new_cache, model.compiled, model.held
+    from transformers import DynamicCache
+
+    def compiled(options: dict[str, Any]) -> Any:
+        return torch.compile(model, backend="tqai", options={"rest": "eager", **options})
+
+    return lambda: DynamicCache(config=model.config), compiled, lambda cache: cache
+
+
 def _fill(row: Row, scores: Mapping[str, Scores], decoder: Decoder, dense: Decoder) -> None:
     """Enter scores and sizes, as the decoders stand at the end of the text."""
     summary, reference = scores[row.name].summary(), scores[DENSE].summary()
     for name, number in summary.items():
         setattr(row, name, number)
     row.perplexity_increase = summary["perplexity"] / reference["perplexity"] - 1
-    row.cache_bytes = cache_bytes(decoder.cache)
-    row.bits = row.cache_bytes * 8 / elements(dense.cache)
+    held, dense_held = decoder.held(decoder.cache), dense.held(dense.cache)
+    row.cache_bytes = cache_bytes(held)
+    row.bits = row.cache_bytes * 8 / elements(dense_held)
     if row.kind == PEER:
-        row.bits_4096 = measured_bits(decoder.new_cache, layer_shapes(dense.cache)[0])
+        row.bits_4096 = measured_bits(decoder.new_cache, layer_shapes(dense_held)[0])
         return
-    shapes, config = layer_shapes(decoder.cache), Config.from_options(row.options)
+    shapes, config = layer_shapes(held), Config.from_options(row.options)
     row.packed_layers = sum(shape.packed for shape in shapes)
     row.bits_4096 = all_in_bits(config, shapes)
     if row.kind == OURS and not config.off and not row.packed_layers:
