@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # Lengths that programs are made for: a prompt is cut into these, the longest first.
 PROVIDERS = ("auto", "reference")
-LENGTHS = (2048, 512, 64, 8, 1)
+LENGTHS = (2048, 256, 32, 4, 1)
 
 
 class Programs:
@@ -85,12 +85,16 @@ class Programs:
 def plain_model(model: nn.Module) -> nn.Module:
     """The model as it was before it was compiled, of the same parts; itself if it was not."""
     programs = getattr(type(model), "tqc_programs", None)
-    if programs is None:
-        return model
-    plain = programs.original.__new__(programs.original)
-    dict.update(plain, model)
-    vars(plain).update(vars(model))
-    return plain
+    return model if programs is None else copied(model, programs.original)
+
+
+def copied(model: nn.Module, cls: Any = None) -> nn.Module:
+    """A model of the same parts, of its own class or another."""
+    cls = cls or type(model)
+    copy = cls.__new__(cls)
+    dict.update(copy, model)
+    vars(copy).update(vars(model))
+    return copy
 
 
 def _state(cache: Any) -> Any:

@@ -41,7 +41,10 @@ def choose(model: nn.Module, caches: list[Any], batch: int, length: int, config:
     plan = make_plan(capture(model, caches, batch, length, candidates).gm, config)
     choice = Choice(reasons={site.layer: site.reason for site in plan.with_action(DENSE) if site.layer is not None})
     for site in plan.with_action(PACK):
-        assert site.key and site.key.past and site.k_fmt and site.v_fmt
+        assert site.key and site.key.past and site.k_fmt and site.v_fmt and site.layer is not None
+        if site.notes:  # latents, which torch reads decoded
+            choice.reasons[site.layer] = site.notes[0]
+            continue
         choice.formats[int(site.key.past.meta["path"].split(".")[1])] = (site.k_fmt, site.v_fmt)
     return choice
 

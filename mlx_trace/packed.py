@@ -155,7 +155,7 @@ def roomy(placement: Placement, count: int, present: int) -> int:
     """
     after = placement.behind(count)
     needed, most = after.pages(), after.fmt.ring_pages
-    if needed <= present or count > PAGE_TOKENS:
+    if needed <= present or count >= PAGE_TOKENS:
         return max(needed, present)
     step = max(4, 1 << (max(1, needed // 32).bit_length() - 1))
     made = -(-needed // step) * step

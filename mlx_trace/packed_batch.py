@@ -198,3 +198,7 @@ def merge(caches: Sequence[Any]) -> Any:
         made.keys, made.values = stacked([row.keys for row in rows]), stacked([row.values for row in rows])
         made.placements = tuple(row.placement for row in rows)
     return made
+
+
+for _single in (CLASSES[KVCache], CLASSES[RotatingKVCache]):
+    _single.merge = staticmethod(merge)  # type: ignore[attr-defined]

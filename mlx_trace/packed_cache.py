@@ -75,7 +75,7 @@ class PackedCache:
 
 
 class PackedSingle(PackedCache):
-    """Caches whose sequences, mostly one, have the same tokens."""
+    """Caches whose sequences, mostly one, have the same tokens. Their `merge` is in `packed_batch.py`."""
 
     @property
     def placement(self) -> Placement:
@@ -112,12 +112,6 @@ class PackedKVCache(PackedSingle, KVCache):
     def state(self) -> Any:
         return (*self._trees, self.offset)
 
-    @classmethod
-    def merge(_, caches: Any) -> Any:
-        from tqc.mlx_trace.packed_batch import merge
-
-        return merge(caches)
-
 
 class PackedRotatingKVCache(PackedSingle, RotatingKVCache):
     """A RotatingKVCache that keeps no first tokens: a sliding window."""
@@ -131,12 +125,6 @@ class PackedRotatingKVCache(PackedSingle, RotatingKVCache):
 
     def is_trimmable(self) -> bool:
         return self.placement.begin == 0
-
-    @classmethod
-    def merge(_, caches: Any) -> Any:
-        from tqc.mlx_trace.packed_batch import merge
-
-        return merge(caches)
 
 
 CLASSES: dict[type, type] = {KVCache: PackedKVCache, RotatingKVCache: PackedRotatingKVCache}

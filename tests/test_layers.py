@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
     "tqc": {"config", "cache", "caches", "explainer", "export", "mlx_trace", "diffusion"},
-    "models": {"cache_folder"},
+    "models": {"cache_folder", "mlx_trace"},
     "evaluate": {"format", "config", "widths", "cache", "export"},
     "cli": {
         *("tqc", "config", "plugins", "widths", "lowering", "evaluate", "export", "models"),

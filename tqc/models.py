@@ -54,6 +54,33 @@ def load(model: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     return _from_pretrained(str(source), dtype)
 
 
+def load_mlx(model: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """The same for mlx-lm: a `tqc.mlx_trace.as_torch.AsTorch`, and the tokenizer of transformers.
+
+    Raises:
+        ModelError: if there is no such model, it lacks a tokenizer, or mlx-lm does not know it.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    for package, name in (("mlx", "mlx"), ("mlx_lm", "mlx-lm")):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"{name} is not installed: pip install mlx mlx-lm, on Linux 'mlx[cpu]' mlx-lm")
+    from tqc.mlx_trace.as_torch import load as load_folder
+
+    source = locate(model)
+    if isinstance(source, Path) and source.is_file():
+        _require("transformers")
+        _require("gguf")
+        converted = _converted(source, dtype, embedded=model is None)
+        if not converted.is_dir():
+            _load_gguf(source, dtype, embedded=model is None)  # mlx-lm reads no GGUF, but what is kept of it
+        source = converted
+    try:
+        return load_folder(source, None if dtype == "auto" else getattr(torch, dtype))
+    except Exception as error:
+        raise ModelError(f"mlx-lm cannot load model {str(source)!r}: {_first_line(error)}") from error
+
+
 def locate(model: str | None) -> Path | str:
     """The .gguf file, the folder or the hub id that `model` stands for.
 
@@ -106,8 +133,8 @@ def embedded_gguf() -> Path:
     )
 
 
-def _load_gguf(file: Path, dtype: str, embedded: bool = False) -> tuple[Any, Any]:
-    _require("gguf")
+def _converted(file: Path, dtype: str, embedded: bool) -> Path:
+    """The folder of a GGUF file's safetensors copy, which may not be there yet."""
     stat = file.stat()
     if embedded:
         identity = f"{EMBEDDED_DISTRIBUTION} {importlib.metadata.version(EMBEDDED_DISTRIBUTION)} {stat.st_size}"
@@ -116,9 +143,15 @@ def _load_gguf(file: Path, dtype: str, embedded: bool = False) -> tuple[Any, Any
     dtype = "float32" if dtype == "auto" else dtype
     key = hashlib.sha256(f"{identity} {dtype}".encode()).hexdigest()[:16]
     try:
-        folder = cache_folder() / "models" / f"{file.stem}-{key}"
+        return cache_folder() / "models" / f"{file.stem}-{key}"
     except OSError as error:
         raise ModelError(str(error)) from None
+
+
+def _load_gguf(file: Path, dtype: str, embedded: bool = False) -> tuple[Any, Any]:
+    _require("gguf")
+    dtype = "float32" if dtype == "auto" else dtype
+    folder = _converted(file, dtype, embedded)
     if not folder.is_dir():
         model, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
         try:

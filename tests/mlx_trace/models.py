@@ -30,9 +30,14 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "full_attention_interval": 2},
         **{"partial_rotary_factor": 0.5},
     },
+    "deepseek_v3": {
+        **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    },
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-ATTENTION = [name for name in MODELS if name != "qwen3_next"]
+ATTENTION = [name for name in MODELS if name not in ("qwen3_next", "deepseek_v3")]
 # Of four layers, how many have windows.
 WINDOWED = {"mistral": 2, "gemma3_text": 2, "gpt_oss": 2}
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_pro
 from tests.mlx_trace.models import build, tokenizer, tokens  # noqa: E402
 from tests.mlx_trace.test_sessions import compiled, largest  # noqa: E402
 
-MODELS = [("llama", {}), ("mistral", {"sliding_window": 60})]
+MODELS = [pytest.param("llama", {}, marks=pytest.mark.extended), ("mistral", {"sliding_window": 60})]
 TOKENS = tokens(3, 200)
 
 

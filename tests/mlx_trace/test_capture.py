@@ -23,8 +23,8 @@ from tqc.config import Config  # noqa: E402
 from tqc.mlx_trace import layouts, markers  # noqa: E402
 from tqc.mlx_trace.arrays import tensor_of  # noqa: E402
 from tqc.mlx_trace.capture import Captured, capture  # noqa: E402
-from tqc.mlx_trace.compile import Program  # noqa: E402
 from tqc.mlx_trace.graph import CaptureError  # noqa: E402
+from tqc.mlx_trace.program import Program  # noqa: E402
 from tqc.ops import PackedValue, example, set_example  # noqa: E402
 from tqc.passes import rewrite  # noqa: E402
 from tqc.passes.plan import DENSE, FUSE, PACK  # noqa: E402

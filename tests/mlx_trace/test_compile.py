@@ -31,7 +31,7 @@ def test_generation_is_the_same(name: str) -> None:
     assert compile_mlx(model, strict=True, preset="off") is model
     assert generated(model) == generated(other)
     made = type(model).tqc_programs.programs
-    assert {key[1] for key in made} == {8, 1} and type(other) is type(model).__bases__[0]
+    assert {key[1] for key in made} == {4, 1} and type(other) is type(model).__bases__[0]
     assert decompile_mlx(model) is model and type(model) is type(other)
     assert decompile_mlx(other) is other and generated(model) == generated(other)
 

@@ -125,7 +125,7 @@ def test_copies_of_a_cache_go_their_own_ways() -> None:
     assert largest(run(model, fork, 1, 1, at=120), expected) < 1e-5
 
 
-@pytest.mark.parametrize("window", [40, 64, 120])
+@pytest.mark.parametrize("window", [40, *(pytest.param(size, marks=pytest.mark.extended) for size in (64, 120))])
 def test_a_sliding_window_drops_what_it_passes(window: int) -> None:
     model, plain = compiled("mistral", sliding_window=window), build("mistral", sliding_window=window)
     ours, own = make_prompt_cache(model), make_prompt_cache(plain)
@@ -186,6 +186,7 @@ def test_what_a_packed_cache_cannot_do_says_so() -> None:
         run(model, caches, 8)
     for options, message in (
         ({"fold_values": True}, "fold_values is an option of the torch backend alone"),
+        ({"strategy": "evict"}, "strategy is an option of the torch backend alone; got 'evict'"),
         ({"provider": "triton"}, "provider must be one of auto, reference for MLX; got 'triton'"),
         ({"bits": 3}, "unknown option 'bits'"),
         ({"preset": "tiny"}, "preset must be one of"),

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tqc.cli.inputs import BadInput, fitting_widths, flag, given_options, load, load_with_prompt, text_of
+from tqc.cli.inputs import (
+    BadInput,
+    fitting_options,
+    fitting_widths,
+    flag,
+    given_options,
+    load,
+    load_with_prompt,
+    text_of,
+    ways_of,
+)
 from tqc.cli.onnx import is_exported
 
 if TYPE_CHECKING:
@@ -59,6 +69,15 @@ def _count(help: str, parser: Callable[[str | int], int] = _whole_number) -> Any
     return typer.Option(parser=parser, metavar="N", help=help)
 
 
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"must be {', '.join(names[:-1])} or {names[-1]}; got {text!r}")
+        return text
+
+    return parse
+
+
 Prompt = Annotated[str, typer.Argument(help="Text to continue; a chat turn where the model has a chat template.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id; the embedded SmolLM2-135M if absent.")
@@ -85,6 +104,17 @@ Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the sha
 SkipLayers = Annotated[str | None, typer.Option(metavar="N,N", help="Layers whose cache stays dense, as 0,1,-1.")]
 MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Backend = Annotated[
+    str, typer.Option(parser=_one_of("torch", "mlx"), metavar="NAME", help="torch, or mlx for a model of mlx-lm.")
+]
+EvalBackend = Annotated[
+    str,
+    typer.Option(
+        parser=_one_of("torch", "mlx", "onnx"),
+        metavar="NAME",
+        help="torch, mlx for a model of mlx-lm, or onnx, for which the model is exported.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 EXPLAIN_PROMPT = "What is gravity?"
@@ -127,6 +157,7 @@ def run(
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Generate text through a compressed cache."""
@@ -140,11 +171,10 @@ def run(
         _run_exported(str(model), prompt, max_tokens, as_json, {**options, **({"dense": True} if dense else {})})
         return
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
-        from tqc.cli.generate import compile_model, generate
-
-        with fitting_widths():
-            compile_model(loaded, None if dense else options)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt, backend)
+        ways = ways_of(backend)
+        with fitting_widths(), fitting_options(backend):
+            ways.compile_model(loaded, None if dense else options)
         status.update("compiling (cached for the next time)")
 
         def show(text: str) -> None:
@@ -153,7 +183,7 @@ def run(
                 print(text, end="", flush=True)
 
         with fitting_widths():
-            result = generate(loaded, tokenizer, inputs, max_tokens, show)
+            result = ways.generate(loaded, tokenizer, inputs, max_tokens, show)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -180,6 +210,7 @@ def compare(
     skip_layers: SkipLayers = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
@@ -188,11 +219,9 @@ def compare(
         *(strategy, scorer, keep, skip_layers),
     )
     with _status("loading the model") as status:
-        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt)
-        from tqc.cli.generate import compare as compare_runs
-
-        with fitting_widths():
-            result = compare_runs(loaded, tokenizer, inputs, max_tokens, options, status.update)
+        loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt, backend)
+        with fitting_widths(), fitting_options(backend):
+            result = ways_of(backend).compare(loaded, tokenizer, inputs, max_tokens, options, status.update)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -218,6 +247,7 @@ def explain(
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
     ] = False,
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
@@ -225,12 +255,14 @@ def explain(
         widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
     )
     with _status("loading the model") as status:
-        loaded, _, inputs = load_with_prompt(model, dtype, prompt)
+        loaded, _, inputs = load_with_prompt(model, dtype, prompt, backend)
         import tqc
 
         status.update("tracing")
-        with fitting_widths():
-            report = tqc.explain(loaded, options=options, **inputs, graphs=graphs)
+        given = {"tokens": inputs["input_ids"].numpy()} if backend == "mlx" else inputs
+        with fitting_widths(), fitting_options(backend):
+            explained = loaded.model if backend == "mlx" else loaded
+            report = tqc.explain(explained, options=options, **given, graphs=graphs)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -257,12 +289,10 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
     numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
-    backend: Annotated[
-        str, typer.Option(help="What runs the caches: torch, or onnx, for which models are exported.")
-    ] = ("torch"),
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
     plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
     dtype: Dtype = "auto",
+    backend: EvalBackend = "torch",
     as_json: Json = False,
 ) -> None:
     """Measure how far compressed caches move a model's predictions, and whether it still finds numbers hidden in a
@@ -271,11 +301,9 @@ def evaluate(
 
     from tqc import models
     from tqc.config import PRESETS
-    from tqc.evaluate.evaluation import BACKENDS, parse_setting
     from tqc.evaluate.evaluation import evaluate as run_evaluation
+    from tqc.evaluate.evaluation import parse_setting
 
-    if backend not in BACKENDS:
-        raise BadInput(f"--backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     calibrated = given_options(
         widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
     )
@@ -298,7 +326,7 @@ def evaluate(
     names: list[str | None] = [*model] if model else [None]
     for name in names:
         with _status("loading the model") as status:
-            loaded, tokenizer = load(name, dtype)
+            loaded, tokenizer = load(name, dtype, "mlx" if backend == "mlx" else "torch")
             try:
                 with fitting_widths():
                     result = run_evaluation(
@@ -310,7 +338,7 @@ def evaluate(
                         numbers=numbers,
                         peers=peers,
                         on_step=status.update,
-                        backend=backend,
+                        backend="onnx" if backend == "onnx" else "torch",
                     )
             except ValueError as error:
                 raise BadInput(f"{error}, with model {name!r}" if name else str(error)) from None

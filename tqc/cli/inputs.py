@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,14 +83,16 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def load(model: str | None, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer, on the GPU if there is one."""
+def load(model: str | None, dtype: str, backend: str = "torch") -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU if there is one; for the backend "mlx", a model of mlx-lm."""
     from tqc import models
 
     if dtype not in models.DTYPES:
         raise BadInput(f"--dtype must be one of {', '.join(models.DTYPES)}; got {dtype!r}")
     try:
         models.quiet_transformers()
+        if backend == "mlx":
+            return models.load_mlx(model, dtype)
         loaded, tokenizer = models.load(model, dtype)
     except models.ModelError as error:
         raise BadInput(str(error)) from None
@@ -98,14 +101,16 @@ def load(model: str | None, dtype: str) -> tuple[Any, Any]:
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def load_with_prompt(model: str | None, dtype: str, prompt: str) -> tuple[Any, Any, dict[str, Any]]:
+def load_with_prompt(
+    model: str | None, dtype: str, prompt: str, backend: str = "torch"
+) -> tuple[Any, Any, dict[str, Any]]:
     if not prompt.strip():
         raise BadInput("PROMPT is empty: give some text")
     try:
         prompt.encode()
     except UnicodeEncodeError:  # Python keeps bytes of arguments that it cannot decode as lone surrogates
         raise BadInput(f"PROMPT is not UTF-8: {prompt.encode(errors='surrogateescape')!r}") from None
-    loaded, tokenizer = load(model, dtype)
+    loaded, tokenizer = load(model, dtype, backend)
     from tqc.models import encode
 
     return loaded, tokenizer, {name: tensor.to(loaded.device) for name, tensor in encode(tokenizer, prompt).items()}
@@ -123,3 +128,19 @@ def fitting_widths() -> Iterator[None]:
         if isinstance(found, OtherModelError):
             raise BadInput(str(found)) from None
         raise
+
+
+def ways_of(backend: str) -> Any:
+    """The module that compiles, generates and compares."""
+    return importlib.import_module("tqc.cli.generate_mlx" if backend == "mlx" else "tqc.cli.generate")
+
+
+@contextmanager
+def fitting_options(backend: str) -> Iterator[None]:
+    """One line for an option that this backend has not."""
+    try:
+        yield
+    except ValueError as error:
+        if backend == "torch":
+            raise
+        raise BadInput(f"{error} (--backend {backend})") from None

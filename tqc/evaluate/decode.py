@@ -36,7 +36,7 @@ class Decoder:
         new_cache: makes an empty cache.
         formats: of the packed tensors in the cache; they say which positions see equally much of it packed.
         optional: whether the others go on without it where it raises.
-        held: its cache as one of transformers, to be measured.
+        held: the cache as one of transformers.
     """
 
     name: str

@@ -178,7 +178,8 @@ def evaluate(
     """Compare caches of `settings` with the dense cache, all on the same text, in one run.
 
     Args:
-        model: a causal language model of transformers, as it was loaded (not compiled).
+        model: a causal language model of transformers, as it was loaded (not compiled); or one of mlx-lm, in an
+            `tqc.mlx_trace.as_torch.AsTorch`.
         settings: see `parse_setting`.
         text: what is decoded; `default_text()` if None. Numbers are hidden in it too.
         tokens: how many tokens of it, fewer if it is shorter.
@@ -187,7 +188,8 @@ def evaluate(
         seed: which numbers, and whose.
         peers: also evaluate caches of other projects, as far as they are installed.
         on_step: called with a line about what is being done.
-        backend: what runs the settings' caches: "torch", or "onnx", for which the model is exported with each.
+        backend: what runs the settings' caches: "torch" (MLX for a model of mlx-lm), or "onnx", for which the model is
+            exported with each.
 
     Raises:
         ValueError: for a setting that cannot be read, a text that is too short, a tokenizer that does not tell
@@ -246,21 +248,16 @@ def _decoders(
     model: Any, parsed: Sequence[tuple[str, dict[str, Any]]], peers: bool, exported: int | None
 ) -> tuple[Decoder, list[Decoder], dict[str, Row]]:
     """The dense decoder, all others, and an empty row for each; those that cannot run have a reason. `exported` is how
-    many tokens those of ours shall have room for in onnxruntime; None for torch."""
-    from transformers import DynamicCache
-
-    def new_cache() -> Any:
-        return DynamicCache(config=model.config)
-
-    dense = Decoder(DENSE, model, new_cache)
+    many tokens those of ours shall have room for in onnxruntime; None for the model's own framework."""
+    new_cache, compiled, held = _ways(model)
+    dense = Decoder(DENSE, model, new_cache, held=held)
     decoders, rows = [], {DENSE: Row(DENSE, DENSE)}
     for name, options in parsed:
         config = Config.from_options(options)
         # Neither head_dim nor width has a say in which tokens are packed.
         formats = () if config.off else config.formats(64, 64)
         if exported is None or config.off:
-            compiled = torch.compile(model, backend="tqai", options={"rest": "eager", **options})
-            decoders.append(Decoder(name, compiled, new_cache, formats))
+            decoders.append(Decoder(name, compiled(options), new_cache, formats, held=held))
         else:
             from tqc.evaluate.onnx import onnx_decoder
 
@@ -280,19 +277,31 @@ def _decoders(
     return dense, decoders, rows
 
 
+def _ways(model: Any) -> tuple[Callable[[], Any], Callable[[dict[str, Any]], Any], Callable[[Any], Any]]:
+    """What makes a cache of a model, what compiles it with options, and a cache as one of transformers."""
+    if not isinstance(model, torch.nn.Module):
+        return model.new_cache, model.compiled, model.held
+    from transformers import DynamicCache
+
+    def compiled(options: dict[str, Any]) -> Any:
+        return torch.compile(model, backend="tqai", options={"rest": "eager", **options})
+
+    return lambda: DynamicCache(config=model.config), compiled, lambda cache: cache
+
+
 def _fill(row: Row, scores: Mapping[str, Scores], decoder: Decoder, dense: Decoder) -> None:
     """Enter scores and sizes, as the decoders stand at the end of the text."""
     summary, reference = scores[row.name].summary(), scores[DENSE].summary()
     for name, number in summary.items():
         setattr(row, name, number)
     row.perplexity_increase = summary["perplexity"] / reference["perplexity"] - 1
-    cache = decoder.held(decoder.cache)
-    row.cache_bytes = cache_bytes(cache)
-    row.bits = row.cache_bytes * 8 / elements(dense.cache)
+    held, dense_held = decoder.held(decoder.cache), dense.held(dense.cache)
+    row.cache_bytes = cache_bytes(held)
+    row.bits = row.cache_bytes * 8 / elements(dense_held)
     if row.kind == PEER:
-        row.bits_4096 = measured_bits(decoder.new_cache, layer_shapes(dense.cache)[0])
+        row.bits_4096 = measured_bits(decoder.new_cache, layer_shapes(dense_held)[0])
         return
-    shapes, config = layer_shapes(cache), Config.from_options(row.options)
+    shapes, config = layer_shapes(held), Config.from_options(row.options)
     row.packed_layers = sum(shape.packed for shape in shapes)
     row.bits_4096 = all_in_bits(config, shapes)
     if row.kind == OURS and not config.off and not row.packed_layers:
