@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -28,6 +28,29 @@ from tqc.cli.inputs import (
     ways_of,
 )
 from tqc.cli.onnx import is_exported
+from tqc.cli.options import (
+    Backend,
+    BitsK,
+    BitsV,
+    BudgetBits,
+    Dtype,
+    EvalBackend,
+    Json,
+    Keep,
+    MaxTokens,
+    Model,
+    Preset,
+    Prompt,
+    ResidualWindow,
+    Scorer,
+    SinkTokens,
+    SkipLayers,
+    Strategy,
+    Widths,
+    bits_range,
+    count,
+    positive,
+)
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -40,82 +63,6 @@ app = typer.Typer(
     help="Compressed KV caches for any transformer, by compiling it.",
 )
 
-
-def _whole_number(text: str | int) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be a whole number; got {text!r}") from None
-
-
-def _positive(text: str | int) -> int:
-    if (number := _whole_number(text)) < 1:
-        raise typer.BadParameter(f"must be at least 1; got {number}")
-    return number
-
-
-def _bits_range(text: str) -> tuple[int, ...]:
-    first, _, last = text.partition("..")
-    try:
-        low, high = int(first), int(last or first)
-    except ValueError:
-        low, high = 0, 0
-    if not 1 <= low <= high <= 8:
-        raise typer.BadParameter(f"must be a range of widths from 1 to 8, as 2..4; got {text!r}")
-    return tuple(range(low, high + 1))
-
-
-def _count(help: str, parser: Callable[[str | int], int] = _whole_number) -> Any:
-    return typer.Option(parser=parser, metavar="N", help=help)
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise typer.BadParameter(f"must be {', '.join(names[:-1])} or {names[-1]}; got {text!r}")
-        return text
-
-    return parse
-
-
-Prompt = Annotated[str, typer.Argument(help="Text to continue; a chat turn where the model has a chat template.")]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id; the embedded SmolLM2-135M if absent.")
-]
-BitsK = Annotated[int | None, _count("Bits of a key code: 1 to 8, or 16 (with --bits-v 16) for dense.")]
-BitsV = Annotated[int | None, _count("Bits of a value code: 1 to 8, or 16 for dense.")]
-Preset = Annotated[str | None, typer.Option(help="Named settings (see `tqc info`); other options override it.")]
-SinkTokens = Annotated[int | None, _count("Tokens at the start that stay dense.")]
-ResidualWindow = Annotated[int | None, _count("Recent tokens that stay dense at most, a multiple of 32.")]
-Widths = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Widths of each layer, from `tqc calibrate`, in place of the bits.")
-]
-BudgetBits = Annotated[
-    float | None, typer.Option(help="With --widths: choose anew, within so many code bits of an element.")
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        help="What becomes of tokens that leave the window: tiered, or evict, which forgets what nobody asked for yet."
-    ),
-]
-Scorer = Annotated[str | None, typer.Option(help="With --strategy: which tokens stay (see `tqc plugins`).")]
-Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the share of tokens that stays.")]
-SkipLayers = Annotated[str | None, typer.Option(metavar="N,N", help="Layers whose cache stays dense, as 0,1,-1.")]
-MaxTokens = Annotated[int, _count("Most tokens to generate.", _positive)]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Backend = Annotated[
-    str, typer.Option(parser=_one_of("torch", "mlx"), metavar="NAME", help="torch, or mlx for a model of mlx-lm.")
-]
-EvalBackend = Annotated[
-    str,
-    typer.Option(
-        parser=_one_of("torch", "mlx", "onnx"),
-        metavar="NAME",
-        help="torch, mlx for a model of mlx-lm, or onnx, for which the model is exported.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 EXPLAIN_PROMPT = "What is gravity?"
 
@@ -287,8 +234,8 @@ def evaluate(
     keep: Keep = None,
     skip_layers: SkipLayers = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
-    tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 2048,
-    numbers: Annotated[int, _count("How many numbers are hidden in it and asked for.")] = 8,
+    tokens: Annotated[int, count("How many tokens of it.", positive)] = 2048,
+    numbers: Annotated[int, count("How many numbers are hidden in it and asked for.")] = 8,
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
     plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
     dtype: Dtype = "auto",
@@ -367,11 +314,11 @@ def calibrate(
     budget_bits: Annotated[
         float, typer.Option(help="Most code bits of an element: the mean over layers of (K + V) / 2.")
     ] = 2.75,
-    widths: Annotated[Any, typer.Option(parser=_bits_range, metavar="A..B", help="Widths to choose from.")] = "2..4",
+    widths: Annotated[Any, typer.Option(parser=bits_range, metavar="A..B", help="Widths to choose from.")] = "2..4",
     text: Annotated[
         str | None, typer.Option(help="File of the text to look at; an essay of Python's if absent.")
     ] = None,
-    tokens: Annotated[int, _count("How many tokens of it.", _positive)] = 768,
+    tokens: Annotated[int, count("How many tokens of it.", positive)] = 768,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -429,7 +376,7 @@ def export(
     residual_window: ResidualWindow = None,
     widths: Widths = None,
     budget_bits: BudgetBits = None,
-    max_cache_len: Annotated[int, _count("Most tokens of a sequence.", _positive)] = 4096,
+    max_cache_len: Annotated[int, count("Most tokens of a sequence.", positive)] = 4096,
     inline: Annotated[bool, typer.Option("--inline", help="No functions: operators of ONNX alone.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="An error where a cache stays dense.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Leave all caches dense.")] = False,
