@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWin
 
 import tqc
 from tests.common import assert_same, packed_cache, packed_static_layer, round_trip, states
+from tqc import caches
 from tqc.cache.io import cache_bytes, load_cache, save_cache
 from tqc.cache.packed_tensor import PackedTensor, pack, write_at
 from tqc.format import PackedFormat
@@ -383,4 +384,5 @@ def test_bytes_of_static_caches_and_modules():
 
 
 def test_package_exports():
-    assert tqc.save_cache is save_cache and tqc.load_cache is load_cache and tqc.cache_bytes is cache_bytes
+    for name in ("save_cache", "load_cache", "cache_bytes"):
+        assert getattr(tqc, name) is getattr(caches, name)

@@ -78,7 +78,7 @@ class Config:
     budget_bits: float | None = None
     strategy: str | None = None
     scorer: str | None = None
-    scorer_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scorer_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     keep: float | None = None
     tiers: str | None = None
     provider: str = "auto"
