@@ -34,6 +34,7 @@ def test_export_run_and_info(tiny_model_folder: Path, monkeypatch, capsys, tmp_p
     for arguments, message in (
         (("export", *given), "is a folder that is not empty"),
         (("run", "-m", out, "x", "--bits-k", "2"), "was exported with its options, so it takes no --bits-k"),
+        (("run", "-m", out, "x", "--backend", "mlx"), "onnxruntime runs, so it takes no --backend mlx"),
         (("run", "-m", out, " "), "PROMPT is empty"),
         (("run", "-m", out, "is " * 300), "more than max_cache_len, 200"),
         (("info", str(tmp_path)), "no such file"),

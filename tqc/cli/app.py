@@ -115,6 +115,8 @@ def run(
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
     if is_exported(model):
+        if backend != "torch":
+            raise BadInput(f"{model} is an exported model, which onnxruntime runs, so it takes no --backend {backend}")
         _run_exported(str(model), prompt, max_tokens, as_json, {**options, **({"dense": True} if dense else {})})
         return
     with _status("loading the model") as status:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,32 @@ class Generation:
     tokens_per_s: float | None
     cache_bytes: int
     logits: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        tokens: list[int],
+        tokenizer: Any,
+        prompt_tokens: int,
+        start: float,
+        times: list[float],
+        cache: Any,
+        logits: Sequence[Tensor],
+    ) -> Generation:
+        """From when the call began and each token came, in seconds, and each token's logits, [1, vocabulary]."""
+        import tqc
+
+        steps = [after - before for before, after in itertools.pairwise(times)]
+        return cls(
+            tokens=tokens,
+            text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            prompt_tokens=prompt_tokens,
+            first_token_s=times[0] - start,
+            total_s=times[-1] - start,
+            tokens_per_s=1 / statistics.median(steps) if steps else None,
+            cache_bytes=tqc.cache_bytes(cache),
+            logits=torch.cat(list(logits)).float(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -70,6 +96,19 @@ class Comparison:
     kl: float
     same_next: int
     same_prefix: int
+
+    @classmethod
+    def of(cls, dense: Generation, compressed: Generation, forced: Generation, dtype_bytes: int) -> Comparison:
+        """From the two free-running ones, and the dense run's tokens decoded compressed."""
+        return cls(
+            dense=dense,
+            compressed=compressed,
+            dtype_bytes=dtype_bytes,
+            cache_bytes=forced.cache_bytes,
+            kl=mean_kl(dense.logits, forced.logits),
+            same_next=int((dense.logits.argmax(-1) == forced.logits.argmax(-1)).sum()),
+            same_prefix=common_prefix(dense.tokens, compressed.tokens),
+        )
 
     @property
     def cache_ratio(self) -> float:
@@ -118,8 +157,6 @@ def generate(
         on_text: called with each piece of text as it comes.
         forced: tokens to take instead of the most likely ones, one a step; they end the run.
     """
-    import tqc
-
     clock = _clock(tokenizer, on_text)
     extra: dict[str, Any] = {}
     if forced is not None:
@@ -141,18 +178,8 @@ def generate(
         **extra,
     )
     tokens = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    times = clock.times
-    steps = [after - before for before, after in itertools.pairwise(times)]
-    return Generation(
-        tokens=tokens,
-        text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-        prompt_tokens=inputs["input_ids"].shape[1],
-        first_token_s=times[0] - start,
-        total_s=times[-1] - start,
-        tokens_per_s=1 / statistics.median(steps) if steps else None,
-        cache_bytes=tqc.cache_bytes(result.past_key_values),
-        logits=torch.cat(result.logits).float(),
-    )
+    prompt_tokens, cache = inputs["input_ids"].shape[1], result.past_key_values
+    return Generation.of(tokens, tokenizer, prompt_tokens, start, clock.times, cache, result.logits)
 
 
 def compare(
@@ -182,15 +209,7 @@ def compare(
     compressed = generate(model, tokenizer, inputs, max_tokens)
     on_step("decoding the dense run's tokens through the compressed cache")
     forced = generate(model, tokenizer, inputs, max_tokens, forced=dense.tokens)
-    return Comparison(
-        dense=dense,
-        compressed=compressed,
-        dtype_bytes=model.dtype.itemsize,
-        cache_bytes=forced.cache_bytes,
-        kl=mean_kl(dense.logits, forced.logits),
-        same_next=int((dense.logits.argmax(-1) == forced.logits.argmax(-1)).sum()),
-        same_prefix=common_prefix(dense.tokens, compressed.tokens),
-    )
+    return Comparison.of(dense, compressed, forced, model.dtype.itemsize)
 
 
 def eager_prefill(model: Any, inputs: dict[str, Tensor]) -> Any:

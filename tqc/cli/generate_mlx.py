@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.cli.generate import WARM_UP_TOKENS, Comparison, Generation, common_prefix, mean_kl
+from tqc.cli.generate import WARM_UP_TOKENS, Comparison, Generation
 
 
 def compile_model(model: Any, options: dict[str, Any] | None) -> None:
@@ -28,8 +26,6 @@ def generate(
     forced: list[int] | None = None,
 ) -> Generation:
     """Continue `inputs` greedily, see `tqc.cli.generate.generate`."""
-    import tqc
-
     cache, ids = model.new_cache(), inputs["input_ids"]
     stops = {tokenizer.eos_token_id}
     tokens: list[int] = []
@@ -49,17 +45,7 @@ def generate(
         if on_text is not None and not text.endswith("\ufffd"):  # half a character
             on_text(text[len(shown) :])
             shown = text
-    steps = [after - before for before, after in itertools.pairwise(times)]
-    return Generation(
-        tokens=tokens,
-        text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-        prompt_tokens=ids.shape[1],
-        first_token_s=times[0] - start,
-        total_s=times[-1] - start,
-        tokens_per_s=1 / statistics.median(steps) if steps else None,
-        cache_bytes=tqc.cache_bytes(cache),
-        logits=torch.cat(logits),
-    )
+    return Generation.of(tokens, tokenizer, ids.shape[1], start, times, cache, logits)
 
 
 def compare(
@@ -80,13 +66,4 @@ def compare(
         runs[name] = generate(compiled, tokenizer, inputs, max_tokens)
     on_step("decoding the dense run's tokens through the compressed cache")
     forced = generate(compiled, tokenizer, inputs, max_tokens, forced=runs["dense"].tokens)
-    dense = runs["dense"]
-    return Comparison(
-        dense=dense,
-        compressed=runs["compressed"],
-        dtype_bytes=model.dtype.itemsize,
-        cache_bytes=forced.cache_bytes,
-        kl=mean_kl(dense.logits, forced.logits),
-        same_next=int((dense.logits.argmax(-1) == forced.logits.argmax(-1)).sum()),
-        same_prefix=common_prefix(dense.tokens, runs["compressed"].tokens),
-    )
+    return Comparison.of(runs["dense"], runs["compressed"], forced, model.dtype.itemsize)
