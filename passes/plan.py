@@ -15,12 +15,13 @@ from tqc.format import PackedFormat
 from tqc.ops import TENSORS, example
 from tqc.ops import attention as attention_function
 from tqc.passes.finders.attention import find_attention
-from tqc.passes.finders.cache import CacheWrite, find_cache, find_latents, find_write, has_cache
+from tqc.passes.finders.cache import find_cache, find_latents, find_write, has_cache
+from tqc.passes.finders.cache_write import CacheWrite
 from tqc.passes.finders.products import find_product
 from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
 from tqc.passes.finders.sdpa import SDPA
 from tqc.passes.finders.site import Attention
-from tqc.passes.graph import calls, layer_numbers, model_name, rearranges, writers
+from tqc.passes.graph import argument, calls, layer_numbers, model_name, rearranges, writers
 
 # What becomes of a site.
 FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
@@ -179,8 +180,8 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
             return
     assert isinstance(key, CacheWrite) and isinstance(val, CacheWrite)
     site.key, site.value = key, val
-    alike = [(write.kind, write.packed, write.positions, write.prefix, write.keep) for write in (key, val)]
-    if alike[0] != alike[1]:
+    names = ("kind", "packed", "positions", "prefix", "keep", "begin", "end")
+    if any(getattr(key, name) != getattr(val, name) for name in names):
         site.reason = "keys and values are cached in different ways"
         return
     if key.node is val.node:
@@ -189,11 +190,18 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     if computed and key.keep is not None:
         site.reason = computed
         return
+    if key.kind == "slide" and (reason := _why_not_slid(site)):
+        site.reason = reason
+        return
 
-    if key.packed:
-        site.k_fmt, site.v_fmt = example(key.past).fmt, example(val.past).fmt
+    fmts = [example(write.past).fmt for write in (key, val)] if key.packed else []
+    if fmts:
+        site.k_fmt, site.v_fmt = (replace(fmt, keep=key.keep) for fmt in fmts) if key.kind == "slide" else fmts
+    if fmts and key.starts_anew:
+        action = PACK
+    elif fmts:
         site.reason = "" if computed else _why_not_fused(site) or ""
-        if site.k_fmt.groups and (computed or site.reason):
+        if fmts[0].groups and (computed or site.reason):
             raise NotImplementedError(f"{site.attention.name}: {computed or site.reason}; it {EVICTED}")
         action = READ if computed else FUSE
     else:
@@ -256,7 +264,7 @@ def _why_not_packed(site: Site, config: Config, outputs: set[Node]) -> str | Non
             return f"the concatenated {name} leave the graph for another device (an offloaded cache)"
         if write.kind == "grow" and write.leaves not in outputs:
             return _what_leaves(write.node, name)
-        if write.kind == "write" and write.allocated_here and write.node not in outputs:
+        if write.kind in ("write", "slide") and write.allocated_here and not outputs & {write.past, write.operation}:
             return f"the {name} are written into a tensor that does not leave the graph"
         if write.kind == "write" and write.allocated_here and not write.counted and example(write.new).shape[2] != 1:
             return f"the positions of new {name} are not known to be consecutive"
@@ -327,6 +335,47 @@ def _why_not_grouped(site: Site) -> str | None:
     if attention.heads % int(example(key.new).shape[1]):
         return f"{attention.heads} query heads are not a multiple of {example(key.new).shape[1]} key heads"
     return None
+
+
+def _why_not_slid(site: Site) -> str | None:
+    """Why a sliding window that is copied back is not the known form: new tokens are put behind those of the cache,
+    attention reads both, and nothing else does."""
+    assert site.key and site.value
+    if site.attention.is_causal and not site.key.starts_anew:
+        return "is_causal over a preallocated cache is aligned to its start"
+    if site.key.allocated_here and not site.key.starts_anew:
+        return "a sliding window that is made in this graph is read before it is full"
+    position = {node: index for index, node in enumerate(site.attention.output.graph.nodes)}
+    for write in (site.key, site.value):
+        assert write.past and write.operation
+        fmt = example(write.past).fmt if write.packed else None
+        if fmt and fmt.keep not in (None, write.keep):
+            return f"the packed cache keeps {_tokens(fmt.keep)} and this call {_tokens(write.keep)}"
+        if fmt and fmt.folded:
+            return "the values of a preallocated cache are folded"
+        if position[write.operation] > position[site.attention.output]:
+            return "a sliding window is copied back behind its attention"
+        if others := _other_readers_of_window(write, site):
+            return f"the sliding window is also read by {', '.join(node.name for node in others)}"
+    return None
+
+
+def _other_readers_of_window(write: CacheWrite, site: Site) -> list[Node]:
+    """Nodes that read the tokens of a sliding window, other than what makes and keeps them and the attention."""
+    source = argument(write.operation, 1, "src")
+    made = {write.operation, source, *source.all_input_nodes, *writers(source), *write.node.all_input_nodes}
+    made -= {write.new}
+    products = {site.attention.output} | _above(site.attention.output)
+    read = [] if write.starts_anew else [write.node]
+    return [
+        user
+        for node in {write.past: None, write.operation: None, **dict.fromkeys(made), **dict.fromkeys(read)}
+        for user in node.users
+        if user not in made | {write.node}
+        and isinstance(example(user), TENSORS)
+        and user.op != "output"
+        and not (node in (*read, write.operation) and _leads_to(user, products))
+    ]
 
 
 def _tokens(keep: int | None) -> str:

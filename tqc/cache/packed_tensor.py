@@ -236,12 +236,17 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return _cat_rows([first, *rest])
     if dim not in (2, -2) or any(t.shape[:2] != first.shape[:2] or t.shape[3] != first.shape[3] for t in rest):
         return NotImplemented
-    if any(t.device != first.device for t in rest) or first.fmt.keep is not None:
+    if any(t.device != first.device for t in rest):
         return NotImplemented
     if first.fmt.groups:
         raise NotImplementedError(f"tokens are appended to a cache by compiled calls alone where {_SCORES}")
     new = torch.cat([t.dequantize() if isinstance(t, PackedTensor) else t for t in rest], dim=2)
-    return extend(first, fold(new, first.fmt))
+    end = first.end + new.shape[2]
+    if first.fmt.keep is not None and first.begin < first.room_behind(0).first_left(end):
+        log.warning("a sliding window is concatenated with %d tokens, more than it has room for: dense", new.shape[2])
+        return NotImplemented
+    storage = extend(first, fold(new, first.fmt)).packed_storage
+    return PackedTensor(storage, end - first.begin, first.begin)  # a window may have dropped some, and holds them yet
 
 
 def _cat_rows(tensors: list[Any]) -> Any:
@@ -300,6 +305,8 @@ def _slice(x: PackedTensor, dim: int = 0, start: int | None = None, end: int | N
         if reason := planes.why_not_rewound(x.packed_storage.packed, x.begin + end, x.fmt):
             raise NotImplementedError(reason)
         return view(x, PackedTensor(x.packed_storage, end, x.begin))
+    if dim in (2, -2) and x.fmt.keep is not None and start < end == x.shape[2]:  # the window goes on
+        return view(x, PackedTensor(x.packed_storage, end - start, x.begin + start))
     if dim in (0, -4):
         return view(x, _select_rows(x, torch.arange(start, max(start, end), device=x.device)))
     return NotImplemented
@@ -372,10 +379,13 @@ def _to_copy(x: PackedTensor, *, dtype: Any = None, device: Any = None, **kwargs
 
 @_handles(aten.zero_.default)
 def _zero_(x: PackedTensor) -> PackedTensor:
-    if x.fmt.keep is not None or any(member.end > x.end for member in family(x)):
+    members = family(x)
+    if any(member.end > x.end for member in members):
         rewrite(x, torch.Tensor.zero_)
     else:
-        writable(x).truncate(0)
+        storage = writable(x)
+        storage.clear()
+        hold(members, storage)
     return x
 
 
@@ -392,6 +402,7 @@ def _copy_(x: PackedTensor, source: Tensor, non_blocking: bool = False) -> Packe
     if isinstance(source, PackedTensor) and _takes_over(x, source):
         hold(family(x), _to_copy(source, device=x.device).packed_storage)
     else:
+        log.warning(_PACKED_ANEW)
         rewrite(x, lambda dense: dense.copy_(source))
     return x
 
@@ -411,9 +422,9 @@ def _index_copy_(x: PackedTensor, dim: int, index: Tensor, source: Tensor) -> An
         if consecutive and (first < 0 or end > x.shape[2]):
             raise IndexError(f"positions from {first} on are outside of a cache of {x.shape[2]} tokens")
         held = max(member._stored() for member in family(x)) - x.begin
-        if consecutive and source.dtype == x.dtype and end >= held and x.fmt.keep is None and not x.fmt.groups:
+        if consecutive and source.dtype == x.dtype and end >= held and not x.fmt.groups:
             writable(x)
-            write_at(x, fold(source, x.fmt), index)
+            write_at(x, fold(source, x.fmt), index + x.begin)
             return x
         log.warning(_PACKED_ANEW)
         rewrite(x, lambda old: old.index_copy_(2, index, source), max(held, int(index.max()) + 1))
