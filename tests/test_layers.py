@@ -38,9 +38,9 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "ops", "passes", "lowering", "cache", "execute"),
         *("report", "optimized_module", "recompiles", "torch_private"),
     },
-    "diffusion": {"format", "config", "ops", "passes", "backend", "torch_private"},
+    "diffusion": {"format", "plugins", "config", "ops", "passes", "backend", "optimized_module", "torch_private"},
     "explainer": {
-        *("passes", "cache", "report", "backend", "mlx_trace"),
+        *("passes", "cache", "report", "backend", "mlx_trace", "diffusion"),
         *("inner_models", "optimized_module", "recompiles", "torch_private"),
     },
     "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
