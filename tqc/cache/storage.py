@@ -232,9 +232,9 @@ class Storage:
         end = self.length + count
         return end, self.fmt.packed_tokens(end, self.packed), self.fmt.first_held(end, self.begin)
 
-    def packs(self, count: int) -> bool:
-        """Whether `count` more tokens push some out of the window."""
-        return self.state_behind(count)[1] > self.packed
+    def packs(self, count: int | None) -> bool:
+        """Whether `count` more tokens push some out of the window of a cache that grows."""
+        return count is not None and self.state_behind(count)[1] > self.packed
 
     def opens(self, count: int | None) -> bool:
         """Whether `count` more tokens bring the first page of a cache that grows and whose heads have a balance."""
