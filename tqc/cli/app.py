@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plugins`, `export` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plan`, `plugins`, `export` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -51,6 +51,7 @@ from tqc.cli.options import (
     count,
     positive,
 )
+from tqc.cli.plan import plan
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -63,6 +64,8 @@ app = typer.Typer(
     help="Compressed KV caches for any transformer, by compiling it.",
 )
 
+
+app.command()(plan)
 
 EXPLAIN_PROMPT = "What is gravity?"
 
