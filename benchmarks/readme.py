@@ -1,9 +1,9 @@
-"""Write docs/results.md from benchmarks/results/*.json, and the tables of README.md and docs/performance.md.
+"""Write docs/results.md from benchmarks/results/*.json, and the tables of README.md and of other pages of docs.
 
 python benchmarks/readme.py             write them
 python benchmarks/readme.py --check     only say whether they are up to date (exit code 1 if not)
 
-docs/results.md is written whole. In the other two a table stands between `<!-- results:begin NAME -->` and
+docs/results.md is written whole. In the others a table stands between `<!-- results:begin NAME -->` and
 `<!-- results:end -->`, NAME being that of the result file.
 """
 
@@ -136,6 +136,24 @@ _LEVELS = [
     *((f"{bits}_ratio", f"{bits[:2].upper()} {bits[2:].upper()}, AVX2 over it", ".1f") for bits in _BITS),
 ]
 
+_TQAI_NMSE = [
+    ("made_by", "by", ""),
+    ("configuration", "configuration", ""),
+    ("published", "published", ".6f"),
+    ("nmse", "here", ".6f"),
+    ("off_percent", "off, %", "+.1f"),
+    *(
+        (name, name, ".4f")
+        for name in ("Qwen 0.5B", "Qwen 3B", "Qwen 7B", "Gemma 2B", "Gemma 7B", "Llama 8B", "WAN 5B")
+    ),
+]
+_TOKEN_DIFFERENCES = [
+    ("configuration", "", ""),
+    ("order_none", "coded as it is", ".4f"),
+    ("order_1", "delta", ".4f"),
+    ("order_2", "delta2", ".4f"),
+]
+
 
 @dataclass(frozen=True)
 class Table:
@@ -180,6 +198,10 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
     },
     "docs/diffusion.md": {
         "diffusion": Table("Strategies, searched plans and diffusers' own caches", _DIFFUSION),
+    },
+    "docs/tqai.md": {
+        "tqai_nmse": Table("Mean relative squared error of random states that change little", _TQAI_NMSE),
+        "token_differences": Table("Differences between tokens of a text", _TOKEN_DIFFERENCES),
     },
     "docs/performance.md": {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),
