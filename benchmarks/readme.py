@@ -119,6 +119,16 @@ _MODELS = [
     ("error", "error of the logits", ".2g"),
     ("why", "why not more", ""),
 ]
+_DIFFUSION = [
+    ("who", "by", ""),
+    ("method", "method", ""),
+    ("setting", "set to", ""),
+    ("attention", "attention left", ".0%"),
+    ("total", "all operations left", ".1%"),
+    ("seconds", "seconds", ".2f"),
+    ("psnr_db", "PSNR, dB", ".1f"),
+    ("right", "taken for what was asked", ".0%"),
+]
 _LEVELS = [
     ("heads_dim", "heads", ""),
     ("length", "tokens", ",d"),
@@ -208,6 +218,9 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "models": Table(
             "What a decoding step packs", _MODELS, lambda row: row["result"] not in ("not built", "dense run failed")
         ),
+    },
+    "docs/diffusion.md": {
+        "diffusion": Table("Strategies, searched plans and diffusers' own caches", _DIFFUSION),
     },
     "docs/tqai.md": {
         "tqai_nmse": Table("Mean relative squared error of random states that change little", _TQAI_NMSE),

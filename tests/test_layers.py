@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"cache_folder", "mlx_trace"},
     "evaluate": {"format", "config", "widths", "cache", "export"},
     "cli": {
-        *("tqc", "config", "plugins", "widths", "lowering", "evaluate", "export", "models"),
+        *("tqc", "config", "plugins", "widths", "lowering", "diffusion", "evaluate", "export", "models"),
         *("cache_folder", "torch_private"),
     },
     "__main__": {"cli"},

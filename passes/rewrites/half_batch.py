@@ -17,7 +17,7 @@ _PROJECTIONS = (torch.nn.functional.linear,)
 _SHAPED = ("view", "reshape", "expand", torch.reshape)  # whose first size is the batch
 # Each with the dims that it touches, which must not be that of the batch.
 _REARRANGED = {
-    **dict.fromkeys(("transpose", torch.transpose), lambda dims: dims),
+    **dict.fromkeys(("transpose", torch.transpose, "permute", torch.permute, "mean"), lambda dims: dims),
     **dict.fromkeys(("unflatten", torch.unflatten, "flatten", "unbind", torch.unbind), lambda dims: dims[:1]),
 }
 _ELEMENTWISE = (
@@ -78,15 +78,24 @@ class Half:
             dim = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
             return args if dim != 0 and dim != -_first(example(node)).dim() else None
         if calls(node, *_REARRANGED):
-            given = args[1:] or tuple(node.kwargs.get(name, 0) for name in ("dim", "start_dim") if name in node.kwargs)
-            dims = [dim % _first(example(args[0])).dim() for dim in _REARRANGED[node.target](given or (0,))]
-            return None if 0 in dims else args
+            return args if self._leaves_batch(node) else None
         if not calls(node, *_SHAPED) or node.kwargs:
             return None
         sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
         if not sizes or not isinstance(sizes[0], int) or sizes[0] not in (self.batch, -1):
             return None
         return (args[0], (sizes[0] if sizes[0] == -1 else self.batch // 2, *sizes[1:]))
+
+    @staticmethod
+    def _leaves_batch(node: Node) -> bool:
+        given = list(node.args[1:]) or [node.kwargs[name] for name in ("dim", "start_dim") if name in node.kwargs]
+        if given and isinstance(given[0], (tuple, list)):
+            given = list(given[0])
+        count = _first(example(node.args[0])).dim()
+        dims = [dim % count for dim in _REARRANGED[node.target](given or [0]) if not isinstance(dim, bool)]
+        if calls(node, "permute", torch.permute):
+            return bool(dims) and dims[0] == 0
+        return 0 not in dims
 
     def _batched(self, node: Node) -> bool:
         held = _first(example(node))

@@ -91,11 +91,12 @@ class Blocks:
                 del block.forward
 
     def _forward(self, layer: int, original: Any) -> Any:
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden = args[0] if args else kwargs["hidden_states"]
             what = self.decide(self.step, layer)
             if what != "full":
                 return hidden + newton(self.points[layer][: what[1] + 1], self.step)
-            out = original(hidden, *args, **kwargs)
+            out = original(*args, **kwargs)
             self.points[layer].insert(0, (self.step, out - hidden))
             return out
 

@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plugins`, `export` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plan`, `plugins`, `export` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -44,6 +44,7 @@ from tqc.cli.options import (
     Strategy,
     Widths,
 )
+from tqc.cli.plan import plan
 from tqc.cli.quality import calibrate, evaluate
 
 app = typer.Typer(
@@ -212,6 +213,7 @@ def explain(
 
 app.command("eval")(evaluate)
 app.command()(calibrate)
+app.command()(plan)
 
 
 @app.command("plugins")

@@ -16,7 +16,11 @@ BRANCHES = ("cond", "uncond")
 def weight_of(generation: Generation) -> float:
     """What an error of this step counts, by the scheduler of the pipeline; 1 where that does not say."""
     weights = generation.scope.weights() if generation.scope else ()
-    return weights[generation.step] if generation.step < len(weights) else 1.0
+    timesteps = generation.scope.timesteps() if generation.scope else None
+    step = generation.step
+    if timesteps is not None and generation.timestep in (times := timesteps.tolist()):
+        step = times.index(generation.timestep)  # a second transformer begins behind the first
+    return weights[step] if step < len(weights) else 1.0
 
 
 def progress_of(generation: Generation, branch: Branch, schedule: Schedule) -> Progress:
