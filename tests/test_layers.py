@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"format", "strategies", "widths"},
     "ops": {"format", "plugins", "torch_private"},
     "passes": {"format", "config", "ops", "torch_private"},
-    "mlx_trace": {"format", "config", "ops", "passes", "cache", "report", "torch_private"},
+    "mlx_trace": {"format", "config", "ops", "passes", "lowering", "cache", "report", "torch_private"},
     "caches": {"cache", "mlx_trace"},
     "lowering": {"format", "ops", "cache_folder", "torch_private"},
     "cache": {"format", "config", "ops", "torch_private"},
