@@ -201,14 +201,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="settings whose method has this in its name")
     arguments = parser.parse_args()
     runs, every = Runs(arguments.model, not arguments.quick, arguments.timed), 7 if arguments.quick else 1
-    for method, setting, how in own_settings()[::every]:
-        if arguments.only in method and not runs.has("tqc", method, setting):
-            runs.ours(method, setting, **how)
     ratios = runs.ratios()
     runs.theirs("full", "", lambda hooked: None)
     for method, setting, apply in list(settings(ratios, STEPS))[::every]:
         if arguments.only in method and not runs.has("diffusers", method, setting):
             runs.theirs(method, setting, apply)
+    for method, setting, how in own_settings()[::every]:
+        if arguments.only in method and not runs.has("tqc", method, setting):
+            runs.ours(method, setting, **how)
     for name, how, errors in PLANS:
         for error in errors[::every] if arguments.only in "plan" else ():
             if runs.has("tqc", "plan", f"{name}, error {error}"):

@@ -1,9 +1,9 @@
 """Step time of a Wan-shaped transformer in full and shared: benchmarks/results/diffusion_wan.json.
 
-    python benchmarks/diffusion/wan.py             the widths of Wan 2.1 1.3B, 25 frames of 480 x 832, one of its blocks
+    python benchmarks/diffusion/wan.py             half the width of Wan 2.1 1.3B, 13 frames of 480 x 832, two blocks
     python benchmarks/diffusion/wan.py --quick     a small one, and no file
 
-Blocks are alike, so that one tells the ratio of them all; random weights. A step is two calls, one for each branch of
+Blocks are alike, so that two tell the ratio of them all; random weights. A step is two calls, one for each branch of
 guidance. Shared is strategy "share" (self-attention in every second step) with cfg_sharing.
 """
 
@@ -23,7 +23,7 @@ from tqc.diffusion.pipeline import make_dispatcher
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envelope
 
-WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "freq_dim": 256}
+WIDTHS = {"num_attention_heads": 6, "attention_head_dim": 128, "ffn_dim": 4480, "text_dim": 4096, "freq_dim": 256}
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "text_dim": 64, "freq_dim": 64}
 
 
@@ -37,8 +37,8 @@ def step(model: Any, number: int, sample: torch.Tensor, prompts: torch.Tensor) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--frames", type=int, default=25, help="of the video, 4 n + 1")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=13, help="of the video, 4 n + 1")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     widths = SMALL if arguments.quick else WIDTHS
