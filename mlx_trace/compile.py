@@ -149,7 +149,7 @@ def _check(config: Config) -> None:
     """Raises ValueError for an option that means nothing here."""
     if config.provider not in PROVIDERS:
         raise ValueError(f"provider must be one of {', '.join(PROVIDERS)} for MLX; got {config.provider!r}")
-    for name in ("fold_values", "cuda_graphs", "strategy"):
+    for name in ("fold_values", "cuda_graphs", "strategy", "monitor"):
         if value := getattr(config, name):
             raise ValueError(f"{name} is an option of the torch backend alone; got {value!r}")
 

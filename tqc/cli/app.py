@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plugins`, `export` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `search`, `plugins`, `export` and `info`.
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -33,24 +33,29 @@ from tqc.cli.options import (
     BitsK,
     BitsV,
     BudgetBits,
+    Config,
     Dtype,
     EvalBackend,
     Json,
     Keep,
     MaxTokens,
     Model,
+    Monitor,
     Preset,
     Prompt,
     ResidualWindow,
     Scorer,
+    ScorerKwargs,
     SinkTokens,
     SkipLayers,
     Strategy,
+    Tiers,
     Widths,
     bits_range,
     count,
     positive,
 )
+from tqc.cli.search import search
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -101,6 +106,10 @@ def run(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
@@ -109,8 +118,12 @@ def run(
 ) -> None:
     """Generate text through a compressed cache."""
     options = given_options(
-        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
-        *(strategy, scorer, keep, skip_layers),
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits, strategy, scorer, keep),
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
@@ -157,6 +170,10 @@ def compare(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     backend: Backend = "torch",
@@ -164,8 +181,12 @@ def compare(
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
     options = given_options(
-        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
-        *(strategy, scorer, keep, skip_layers),
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits, strategy, scorer, keep),
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     with _status("loading the model") as status:
         loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt, backend)
@@ -192,6 +213,10 @@ def explain(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     dtype: Dtype = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
@@ -201,7 +226,16 @@ def explain(
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
     options = given_options(
-        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+        widths=widths,
+        budget_bits=budget_bits,
+        strategy=strategy,
+        scorer=scorer,
+        keep=keep,
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     with _status("loading the model") as status:
         loaded, _, inputs = load_with_prompt(model, dtype, prompt, backend)
@@ -235,11 +269,16 @@ def evaluate(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, count("How many tokens of it.", positive)] = 2048,
     numbers: Annotated[int, count("How many numbers are hidden in it and asked for.")] = 8,
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
     plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
+    html: Annotated[str | None, typer.Option(help="File for a report with its pictures in it.")] = None,
     dtype: Dtype = "auto",
     backend: EvalBackend = "torch",
     as_json: Json = False,
@@ -254,7 +293,16 @@ def evaluate(
     from tqc.evaluate.evaluation import parse_setting
 
     calibrated = given_options(
-        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+        widths=widths,
+        budget_bits=budget_bits,
+        strategy=strategy,
+        scorer=scorer,
+        keep=keep,
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
@@ -264,8 +312,9 @@ def evaluate(
         raise BadInput(str(error)) from None
     content = text_of(text)
     compared += [calibrated] if calibrated else []
-    if plot and not Path(plot).parent.is_dir():
-        raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
+    for option, file in (("plot", plot), ("html", html)):
+        if file and not Path(file).parent.is_dir():
+            raise BadInput(f"--{option} {file!r} cannot be written: no such folder")
     results = []
     try:
         for given in model or ():  # before the first takes minutes
@@ -307,6 +356,19 @@ def evaluate(
             draw(results, plot)
         except (OSError, ValueError) as error:
             raise BadInput(f"--plot {plot!r} cannot be written: {error}") from None
+    if html:
+        from tqc.cli.info import describe
+        from tqc.evaluate.report import html as report
+
+        try:
+            facts = describe()
+            about = {name: facts[name] for name in ("python", "platform")} | facts["packages"]
+            Path(html).write_text(report(results, about), "utf-8")
+        except (OSError, ImportError) as error:
+            raise BadInput(f"--html {html!r} cannot be written: {error}") from None
+
+
+app.command("benchmark", help="The same as `tqc eval`, by tqai's name for it; --html writes a report.")(evaluate)
 
 
 @app.command()
@@ -351,6 +413,9 @@ def calibrate(
         from rich import print as rich_print
 
         rich_print(table(found))
+
+
+app.command()(search)
 
 
 @app.command("plugins")
