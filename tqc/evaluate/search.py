@@ -125,9 +125,6 @@ def search(
         raise ValueError(f"trials must be 1 or more and population 2 or more; got {trials} and {population}")
     optuna = _optuna()
 
-    def within(trial: Any) -> tuple[float]:
-        return (trial.user_attrs.get("over", 0.0),)
-
     storage = None
     if file is not None:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
@@ -135,7 +132,7 @@ def search(
     if storage is not None and (studies := optuna.get_all_study_summaries(storage)):
         done = studies[0].n_trials
     # The seed moves on with the trials that there are, so that a search that goes on draws others.
-    sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed + done, constraints_func=within)
+    sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed + done)
     study = optuna.create_study(
         study_name="tqc", storage=storage, sampler=sampler, directions=["minimize"] * len(MEASURES), load_if_exists=True
     )
@@ -148,6 +145,7 @@ def search(
         found = objective(options)
         values = found if isinstance(found, tuple) else (found, code_bits(options), 0.0)
         if budget_bits is not None:
+            trial.set_constraint("budget_bits", values[1] - budget_bits)
             trial.set_user_attr("over", values[1] - budget_bits)
         return values
 
