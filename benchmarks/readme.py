@@ -119,11 +119,44 @@ _MODELS = [
     ("error", "error of the logits", ".2g"),
     ("why", "why not more", ""),
 ]
+_DIFFUSION = [
+    ("who", "by", ""),
+    ("method", "method", ""),
+    ("setting", "set to", ""),
+    ("attention", "attention left", ".0%"),
+    ("total", "all operations left", ".1%"),
+    ("seconds", "seconds", ".2f"),
+    ("psnr_db", "PSNR, dB", ".1f"),
+    ("right", "taken for what was asked", ".0%"),
+]
 _LEVELS = [
     ("heads_dim", "heads", ""),
     ("length", "tokens", ",d"),
     *((f"{bits}_us", f"µs, {bits[:2].upper()} {bits[2:].upper()}", ",.0f") for bits in _BITS),
     *((f"{bits}_ratio", f"{bits[:2].upper()} {bits[2:].upper()}, AVX2 over it", ".1f") for bits in _BITS),
+]
+_PLUGINS = [
+    ("model", "model", ""),
+    ("setting", "cache", ""),
+    ("bits_4096", "bits at 4,096", ".2f"),
+    ("kl_mean", "KL mean", ".4f"),
+    ("kl_p99", "99 %", ".2f"),
+    ("perplexity_increase", "perplexity", "+.1%"),
+    ("numbers_nll", "NLL of hidden numbers", ".3f"),
+    ("numbers_found", "found of 16", ""),
+]
+_GROUPED = [
+    ("what", "what", ""),
+    ("shape", "shape", ""),
+    ("setting", "cache", ""),
+    ("us", "µs", ",.0f"),
+    ("us_uniform_4_bits", "µs, all at 4 bits", ",.0f"),
+    ("ratio", "ratio", ".2f"),
+    ("bytes_ratio", "bytes, float32 window", ".3f"),
+    ("mean_ms", "mean ms", ".2f"),
+    ("median_ms", "median ms", ".2f"),
+    ("slowest_ms", "slowest ms", ".1f"),
+    ("ratio_of_means", "ratio of means", ".3f"),
 ]
 
 _TQAI_NMSE = [
@@ -196,9 +229,16 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
             "What a decoding step packs", _MODELS, lambda row: row["result"] not in ("not built", "dense run failed")
         ),
     },
+    "docs/diffusion.md": {
+        "diffusion": Table("Strategies, searched plans and diffusers' own caches", _DIFFUSION),
+    },
     "docs/tqai.md": {
         "tqai_nmse": Table("Mean relative squared error of random states that change little", _TQAI_NMSE),
         "token_differences": Table("Differences between tokens of a text", _TOKEN_DIFFERENCES),
+    },
+    "docs/plugins.md": {
+        "plugins": Table("Scorers and strategies, losers included", _PLUGINS),
+        "grouped": Table("What groups cost and gain on the CPU", _GROUPED),
     },
     "docs/performance.md": {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),

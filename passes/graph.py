@@ -35,6 +35,15 @@ def layer_name(node: Node) -> str:
     return str(path).removeprefix("L['self'].").removeprefix("L['self']")
 
 
+# As dynamo spells the children of the module that it was called with.
+_MODULES = re.compile(r"(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
+
+
+def module_path(node: Node) -> str:
+    """`layer_name` as `named_modules` of the compiled module has it; "" where the node belongs to none."""
+    return _MODULES.sub(r"\1", layer_name(node)) if node.meta.get(MODULE_STACK) else ""
+
+
 def layer_numbers(node: Node) -> tuple[int, ...]:
     """The numbers in the path of the module that a node was traced in: 3 of `model.layers.3.self_attn`."""
     path = layer_name(node) if node.meta.get(MODULE_STACK) else ""

@@ -130,7 +130,7 @@ PROGRAMS = st.tuples(some("fresh", "view", "write"), some("attend", "view"), som
 
 @pytest.mark.usefixtures("without_code")
 def test_aliasing_graphs_equal_eager() -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(PROGRAMS, st.booleans())
     def check(parts: tuple[list[Step], ...], alias: bool) -> None:
         compare(sum(parts, []), alias)

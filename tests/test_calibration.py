@@ -127,10 +127,10 @@ def test_the_command(tiny_model_folder: Path, monkeypatch, capsys, tmp_path: Pat
     code, shown, err = call(monkeypatch, capsys, "explain", "the cache", *widths, "--budget-bits", "4", "--json")
     assert code == 0, err
     assert {site["keys"].split(":")[2] for site in json.loads(shown)["graphs"][0]} == {"b4"}
-    eval_args = ["eval", "k2v2", *widths, "--text", str(text), "--tokens", "300", "--numbers", "0", "--json"]
+    eval_args = ["eval", "off", *widths, "--text", str(text), "--tokens", "300", "--numbers", "0", "--json"]
     code, shown, err = call(monkeypatch, capsys, *eval_args)
     assert code == 0, err
     assert [row["name"] for row in json.loads(shown)["evaluations"][0]["rows"]][1:] == [
-        "k2v2",
+        "off",
         f"{found['bits']:.4g}-bits:w96:s4",
     ]

@@ -99,6 +99,34 @@ def subject(request):
         yield subject
 
 
+@pytest.mark.extended
+def test_a_chain_of_caches_with_groups_does_what_its_graph_does_in_python():
+    """Steps without a group that leaves run in the chain, which keeps the queries for the scorer too."""
+    options = {"strategy": "evict", "scorer": "snapkv", "scorer_kwargs": {"queries": 4}, "residual_window": 96}
+    subject = Subject(**options)
+    make = split_graph.SplitGraph.__init__
+
+    def remember(graph, *args, **kwargs):
+        make(graph, *args, **kwargs)
+        subject.graphs.append(graph)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_graph.SplitGraph, "__init__", remember)
+        for _ in range(2):
+            chained = subject.decoder()
+            chained.step()
+    assert len(subject.chains) == 1
+    chained, expected = subject.decoder(), subject.decoder()
+    logits = [chained.step(token) for token in range(90)]  # two groups leave
+    assert subject.chains[0].run.seconds()[1] > 0
+    with subject.in_python():
+        for ours, theirs in zip(logits, [expected.step(token) for token in range(90)], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(chained.parts(), expected.parts(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert chained.cache.layers[0].keys.evicted_tokens == 64
+
+
 def assert_same(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):

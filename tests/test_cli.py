@@ -48,7 +48,7 @@ def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
         (["explain", "--budget-bits", "3"], ["--budget-bits", "--widths", "3"]),
         (["run", "x", "--strategy", "tiered", "--tiers", "1x4"], ["--tiers", "1x4+2x2/4"]),
         (["run", "x", "--strategy", "evict", "--scorer-kwargs", "queries"], ["--scorer-kwargs", "name=value"]),
-        (["run", "x", "--strategy", "evict", "--scorer-kwargs", "querys=4"], ["querys", "queries"]),
+        (["run", "x", "--strategy", "evict", "--scorer-kwargs", "dekay=4"], ["dekay", "decay"]),
         (["eval", "--monitor", "fidelty"], ["--monitor", "fidelity"]),
         (["run", "x", "--config", "./missing"], ["--config", "./missing", "No such file"]),
         (["run", "x", "--config", "LATIN"], ["--config", "tqc search"]),
@@ -259,15 +259,15 @@ def spelling_folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
 def test_eval_scores_each_setting_on_each_model(spelling_folder, tiny_model_folder, monkeypatch, capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cache is a tensor that a graph writes and later reads into attention . " * 60)
-    args = ["eval", "k8v8", "k2v2", "--text", str(text), "--tokens", "500", "-m", str(spelling_folder)]
-    code, out, err = call(monkeypatch, capsys, *args, "-m", str(spelling_folder), "--numbers", "2", "--json")
+    args = ["eval", "off", "k2v2", "--text", str(text), "--tokens", "300", "-m", str(spelling_folder)]
+    code, out, err = call(monkeypatch, capsys, *args, "-m", str(spelling_folder), "--numbers", "1", "--json")
     assert code == 0, err
     first, second = json.loads(out)["evaluations"]
-    assert first == second and first["model"] == str(spelling_folder) and first["numbers"] == 2
+    assert first == second and first["model"] == str(spelling_folder) and first["numbers"] == 1
     rows = {row["name"]: row for row in first["rows"]}
-    assert 0 <= rows["k8v8"]["kl_mean"] < rows["k2v2"]["kl_mean"]
+    assert 0 <= rows["off"]["kl_mean"] < rows["k2v2"]["kl_mean"]
     loss = {name: abs(row["numbers_nll"] - rows["dense"]["numbers_nll"]) for name, row in rows.items()}
-    assert 0 < loss["k8v8"] < loss["k2v2"]
+    assert 0 <= loss["off"] < loss["k2v2"]
 
     code, out, err = call(monkeypatch, capsys, *args, "--numbers", "50")
     assert (code, out) == (2, "") and "numbers must be 1 to 32" in err and str(spelling_folder) in err

@@ -112,6 +112,11 @@ def split_and_put_together(rng: random.Random, shape: Sequence[int]) -> Any:
 
 
 @listed(VALUES)
+def taken_apart_and_stacked(rng: random.Random, shape: Sequence[int]) -> Any:
+    return lambda x: torch.stack([x[i][None] for i in range(x.shape[0])]).squeeze(1) if x.shape[0] else x.clone()
+
+
+@listed(VALUES)
 def loaded(rng: random.Random, shape: Sequence[int]) -> Any:
     return lambda x: saved(x)["cache"]
 
@@ -131,6 +136,14 @@ def whole(rng: random.Random, shape: Sequence[int]) -> Any:
 def some_rows(rng: random.Random, shape: Sequence[int]) -> Any:
     first, end = sorted(rng.randint(-shape[0], shape[0]) for _ in range(2))
     return rng.choice([lambda x: x[first:end], lambda x: x.chunk(2)[-1], lambda x: x.split(1)[0]])
+
+
+@listed(VIEWS)
+def part(rng: random.Random, shape: Sequence[int]) -> Any:
+    begin = rng.randrange(shape[2])
+    return rng.choice(
+        [lambda x: x[:, :, begin:], lambda x: x[:, 1], lambda x: x.transpose(1, 2), lambda x: x.unbind(2)[begin]]
+    )
 
 
 @listed(WRITES)
@@ -224,7 +237,7 @@ def test_session(seed: int, steps: list[tuple[str, int]]) -> None:
         try:
             result = act(x)
         except (NotImplementedError, RuntimeError) as refusal:  # `load_state_dict` wraps it
-            assert name in WRITES and ".clone() the rows" in str(refusal)
+            assert name in WRITES and ".clone() them" in str(refusal)
             check(pairs, history)
             continue
         rng.setstate(state)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tqc.cache.watch import monitor
     from tqc.caches import cache_bytes, load_cache, save_cache
     from tqc.config import PRESETS, Config
+    from tqc.diffusion.make_plan import plan
     from tqc.diffusion.pipeline import compile_pipeline, decompile_pipeline
     from tqc.diffusion.vae import optimize_vae_memory, patch_mps_compatibility
     from tqc.explainer import explain
@@ -38,6 +39,7 @@ __all__ = [
     "monitor",
     "optimize_vae_memory",
     "patch_mps_compatibility",
+    "plan",
     "save_cache",
 ]
 
@@ -50,6 +52,7 @@ _HOME = {
     "compile_pipeline": "diffusion.pipeline",
     "decompile_mlx": "mlx_trace.compile",
     "decompile_pipeline": "diffusion.pipeline",
+    "plan": "diffusion.make_plan",
     "optimize_vae_memory": "diffusion.vae",
     "patch_mps_compatibility": "diffusion.vae",
     "load_cache": "caches",

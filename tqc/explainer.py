@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,20 +17,28 @@ from tqc.optimized_module import options_of
 from tqc.report import Explanation, collect
 from tqc.torch_private import missing, pytree
 
+if TYPE_CHECKING:
+    from tqc.diffusion.explanation import PipelineExplanation
+
 
 def explain(
     model: Any, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **inputs: Any
-) -> Explanation:
+) -> Explanation | PipelineExplanation:
     """Compile `model` as the backend would, run it on `inputs`, and say what was found, what was not, and why.
 
     A model with `generate` makes a few tokens, so that its prefill and decode graphs are both seen; any other is called
     once. Nothing but attention and the cache is compiled, and the model stays as it was.
 
     Args:
-        model: a module of torch; or one of mlx-lm, whose one input is tokens, [n] or [batch, n].
+        model: a module of torch; or one of mlx-lm, whose one input is tokens, [n] or [batch, n]; or a pipeline of
+            diffusers that `compile_pipeline` compiled, which is called with `inputs` if there are any.
         options: of the backend; those that the model was compiled with if it was, else the defaults.
         graphs: whether the graphs shall be shown as text, before the passes and behind each that changed them.
     """
+    if isinstance(getattr(model, "transformer", None), torch.nn.Module) and not isinstance(model, torch.nn.Module):
+        from tqc.diffusion.explanation import explain_pipeline
+
+        return explain_pipeline(model, *args, **inputs)
     if not isinstance(model, torch.nn.Module):
         return _explain_mlx(model, *args, options=options, graphs=graphs, **inputs)
     inner: Any = getattr(model, "_orig_mod", model)

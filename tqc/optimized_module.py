@@ -9,6 +9,8 @@ The wrapped module is otherwise left as it was, so it still runs dense when call
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +22,8 @@ from tqc import inner_models, torch_private
 from tqc.config import options_of_mode, read_widths
 from tqc.inner_models import Calls
 
+# Options of diffusion transformers, which `tqc.compile_pipeline` has as arguments.
+SHARING = frozenset({"strategy", "strategy_kwargs", "scorer", "cfg_sharing", "skip_layers", "plan", "state_bits"})
 _backend: Callable[..., Any] | None = None
 # By compiled module, and not in it: a copy of it has calls of its own.
 _calls: WeakKeyDictionary[Any, Calls] = WeakKeyDictionary()
@@ -50,11 +54,18 @@ def _read_widths(function: Any, context: Any) -> None:
         widths.check_model(layers)
 
 
-def _compiled_in_place(module: torch.nn.Module, context: Any) -> None:
-    if options_of(context) is None:
+def _compiled_in_place(module: torch.nn.Module, context: Any) -> Callable[..., Any] | None:
+    """What stands for the module's compiled call, if anything does."""
+    options = options_of(context)
+    if options is None:
         inner_models.release(module)
+    elif not SHARING.isdisjoint(options) and "timestep" in inspect.signature(module.forward).parameters:
+        # By name: what compiles diffusion transformers stands on the backend, which stands on this file.
+        sharing = importlib.import_module("tqc.diffusion.pipeline")
+        return sharing.compile_transformer(module, options)
     else:
         inner_models.compile_in_place(module, context)
+    return None
 
 
 def _getattr(original: Callable[..., Any], compiled: Any, name: str) -> Any:

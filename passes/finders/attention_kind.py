@@ -46,11 +46,20 @@ def _projected(node: Node) -> set[Node]:
             continue
         seen.add(node)
         if calls(node, *_PROJECTIONS):
-            found.add(argument(node, 0, "input"))
+            found.add(_source(node))
         else:
             waiting += [held for held in node.all_input_nodes if isinstance(example(held), (*TENSORS, tuple, list))]
             waiting += [user.args[2] for user in node.users if _stores(user, node)]
     return found
+
+
+def _source(projection: Node) -> Node:
+    """What it projects; of two in a row, as a LoRA's are, what the first does."""
+    node: Node = argument(projection, 0, "input")
+    inner = node
+    while calls(inner, torch.nn.functional.dropout) or (inner.args and rearranges(inner)):
+        inner = inner.args[0]
+    return _source(inner) if calls(inner, *_PROJECTIONS) else node
 
 
 def _stores(user: Node, node: Node) -> bool:

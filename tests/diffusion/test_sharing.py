@@ -10,6 +10,7 @@ import torch
 from tests.diffusion.common import EAGER, SharedInTorch, counted, generate, inputs, is_cross, transformer
 from tqc.diffusion.pipeline import make_dispatcher
 from tqc.diffusion.plan import Cell, Plan
+from tqc.passes.rewrites.step_state import StateKey
 
 EXTENDED = pytest.mark.extended
 NAMES = ["dit", "wan", *(pytest.param(name, marks=EXTENDED) for name in ("sd3", "flux"))]
@@ -194,7 +195,7 @@ def test_a_new_generation_forgets_the_branches_and_the_state_of_the_last_one():
         return dispatcher._other(generation, branch)
 
     assert [advance("cond", 900), advance("uncond", 900)] == [None, "cond"]
-    generation.keep("cond", (0, "attn"), torch.zeros(1, 4, 2, 8))
+    generation.keep("cond", 0, StateKey("attn", "attention"), torch.zeros(1, 4, 2, 8))
     assert advance("uncond", 950) is None
     assert generation.nbytes == 0
 

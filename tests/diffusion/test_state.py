@@ -9,6 +9,9 @@ from tests.common import normal
 from tests.diffusion.common import EAGER, generate, transformer
 from tqc.diffusion.pipeline import make_dispatcher
 from tqc.diffusion.state import Generation, PackedState
+from tqc.passes.rewrites.step_state import ATTENTION, StateKey
+
+KEY, ODD = StateKey("attn", ATTENTION), StateKey("odd", ATTENTION)
 
 
 # All-in bits of a bfloat16 element, and the mean squared error of Lloyd-Max levels with room for scales.
@@ -31,22 +34,22 @@ def test_a_state_of_less_than_a_page_stays_as_it_is():
 
 def test_two_branches_hold_one_state():
     generation = Generation()
-    generation.keep("cond", (0, "attn"), normal(1, 4, 2, 8))
-    generation.take_over("uncond", "cond", (0, "attn"))
+    generation.keep("cond", 0, KEY, normal(1, 4, 2, 8))
+    generation.take_over("uncond", "cond", 0, KEY)
     assert generation.nbytes == 4 * 2 * 8 * 4
-    generation.drop("cond", {0})
-    assert not generation.held["cond"]
-    assert torch.equal(generation.read("uncond", (0, "attn")), normal(1, 4, 2, 8))
+    generation.branch("cond").trim(0, ATTENTION, 0)
+    assert not generation.branch("cond").held
+    assert torch.equal(generation.read("uncond", KEY), normal(1, 4, 2, 8))
     assert generation.nbytes == 4 * 2 * 8 * 4
 
 
 def test_a_generation_with_bits_packs_what_it_keeps():
     generation, state = Generation(bits=4), normal(1, 64, 2, 32)
-    generation.keep("cond", (0, "attn"), state)
+    generation.keep("cond", 0, KEY, state)
     assert generation.nbytes < 0.16 * state.nbytes
-    assert torch.equal(generation.read("cond", (0, "attn")), PackedState.of(state, 4).read())
-    generation.keep("cond", (0, "odd"), normal(1, 64, 2, 12))  # no head dimension of the format
-    assert torch.equal(generation.read("cond", (0, "odd")), normal(1, 64, 2, 12))
+    assert torch.equal(generation.read("cond", KEY), PackedState.of(state, 4).read())
+    generation.keep("cond", 0, ODD, normal(1, 64, 2, 12))  # no head dimension of the format
+    assert torch.equal(generation.read("cond", ODD), normal(1, 64, 2, 12))
 
 
 @pytest.mark.extended

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tqc.format import PackedFormat
+from tqc.lowering.cpu import build
 from tqc.ops import planes as ops
 
+CPU_LEVELS = [name for name, needs in build.LEVELS.items() if needs.keys() <= build.cpu_features()]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The reference rounds stored tokens to the dtype before it multiplies.
 EPSILON = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tqc.cache.decoded import Decoded, written_by
 from tqc.cache.storage import Append, Scored, Storage
 from tqc.cache.views import Views, family, hold, view, writable
 from tqc.format import PackedFormat
@@ -18,8 +19,8 @@ from tqc.ops.library import ops as library
 from tqc.torch_private import (
     DYNAMIC_SIZES,
     FakeTensor,
-    arguments_of,
     disabled_torch_function,
+    is_view_op,
     make_wrapper_subclass,
     no_views,
     pytree,
@@ -39,8 +40,8 @@ class PackedTensor(torch.Tensor):
     the rest are zeros. Concatenation along the length appends in place where nobody else reads further (else it copies
     first); prefixes, batch selection, splitting and repetition, `clone` and `to(device)` stay packed, and so it does
     when it is written by `index_copy_`, an index, `zero_`, `fill_` or `copy_`. Such a write shows in its packed views,
-    and is refused while some of them hold copies (rows). Every other op sees dense values; one that would write into
-    them raises.
+    and is refused while some of them hold copies (rows, and parts that are decoded). Every other op sees dense values;
+    one that would write into them raises.
 
     Pickled it is dense, so that a module whose buffers are packed is saved as any other.
 
@@ -198,16 +199,23 @@ class PackedTensor(torch.Tensor):
                 return result
         if func in (aten.detach.default, aten.alias.default):
             return _view_of_all(args[0])
-        arguments = arguments_of(func)
-        named = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
-        for argument in arguments:
-            written = pytree.tree_leaves(named.get(argument.name)) if argument.is_write else ()
-            if any(isinstance(value, PackedTensor) for value in written):
-                if _is_fake(args):  # being traced: `read_cache` gives the op dense tokens
-                    return args[0]
-                raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
+        traced = _is_fake(args)
+        if any(isinstance(value, PackedTensor) for value in written_by(func, args, kwargs)):
+            if traced:  # `read_cache` gives the op dense tokens
+                return args[0]
+            raise NotImplementedError(f"{func} would write into a packed tensor; call .dequantize() first")
+        given = args
         args, kwargs = pytree.tree_map_only(PackedTensor, lambda x: x.whole(f"{func}").dequantize(), (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return _decoded(given[0], result) if is_view_op(func) and not traced else result
+
+
+def _decoded(of: PackedTensor, result: Any, packed: PackedTensor | None = None) -> Any:
+    """Dense values as views of `of`."""
+    parts = Decoded.of(result, packed)
+    for part in (parts,) if isinstance(parts, Tensor) else parts:
+        view(of, part)
+    return parts
 
 
 def _is_fake(args: Any) -> bool:
@@ -342,6 +350,22 @@ def _index(x: PackedTensor, indices: list[Tensor | None]) -> Any:
     if rows.dtype not in (torch.int64, torch.int32):
         return NotImplemented
     return _select_rows(x, torch.where(rows < 0, rows + x.shape[0], rows))
+
+
+@_handles(aten.select.int)
+def _select(x: PackedTensor, dim: int, index: int) -> Any:
+    if dim not in (0, -4) or not -x.shape[0] <= index < x.shape[0] or x.fmt.evicts:
+        return NotImplemented
+    rows = _select_rows(x, torch.tensor([index % x.shape[0]], device=x.device))
+    return _decoded(x, rows.dequantize()[0], rows)
+
+
+@_handles(aten.stack.default)
+def _stack(tensors: list[Any], dim: int = 0) -> Any:
+    if dim not in (0, -5) or any(x.dim() != 4 or x.shape[0] != 1 for x in tensors):
+        return NotImplemented
+    rows = _cat_rows(tensors)
+    return rows if rows is NotImplemented or rows.fmt.evicts else Decoded.of(rows.dequantize()[:, None], rows)
 
 
 @_handles(aten.repeat.default)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tqc.format import PackedFormat
 from tqc.ops import planes
-from tqc.torch_private import mark_dynamic
+from tqc.torch_private import mark_dynamic, no_views
 
 # Of the pages of a long cache 1/128 are spare, so that growing copies 128 tokens' worth of codes for each one that is
 # packed. A short one has few spare pages and rows, so that it takes hardly more than a dense one.
@@ -104,7 +104,13 @@ class Storage:
             self._pages, self.codes = None, pages
             return
         self._pages = pages
-        self.codes = pages.flatten(2) if pages.shape[2] else _no_codes(pages.shape, pages.device, pages.is_inference())
+        # Dynamo guards which inputs are one tensor, and of views the sizes of what they are views of: a tensor for each
+        # cache, and no views.
+        empty = not pages.shape[2]
+        with no_views():
+            self.codes = (
+                _no_codes(pages.shape, pages.device, pages.is_inference()).detach() if empty else pages.flatten(2)
+            )
         mark_dynamic(self.codes, 2)
 
     @property
@@ -231,6 +237,10 @@ class Storage:
         end = self.length + count
         return end, self.fmt.packed_tokens(end, self.packed), self.fmt.first_held(end, self.begin)
 
+    def packs(self, count: int | None) -> bool:
+        """Whether `count` more tokens push some out of the window of a cache that grows."""
+        return count is not None and self.state_behind(count)[1] > self.packed
+
     def opens(self, count: int | None) -> bool:
         """Whether `count` more tokens bring the first page of a cache that grows and whose heads have a balance."""
         return self.fmt.centred and count is not None and not self.packed and self.state_behind(count)[1] > 0
@@ -352,7 +362,7 @@ class Appending:
 
 @cache
 def _no_codes(shape: torch.Size, device: torch.device, inference: bool) -> Tensor:
-    """What stands for the pages of all caches that have none; `inference_mode` has tensors of its own."""
+    """The bytes that stand for the pages of all caches that have none; `inference_mode` has tensors of its own."""
     batch, heads, _, page_bytes = shape
     with torch.inference_mode(inference):
         return torch.zeros(batch, heads, page_bytes, dtype=torch.uint8, device=device)

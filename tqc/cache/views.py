@@ -47,8 +47,8 @@ def family(x: PackedTensor) -> list[PackedTensor]:
         x.views = None  # so that the next write need not look
     if any(member.packed_storage is not x.packed_storage for member in members):
         raise NotImplementedError(
-            "a packed tensor is written to while rows that were taken out of it are in use, and they hold copies: "
-            ".clone() the rows, or drop them, before the write"
+            "a packed tensor is written to while rows or parts that were taken out of it are in use, and they hold "
+            "copies: .clone() them, or drop them, before the write"
         )
     return members
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqc.diffusion.plan import OTHER as OTHER_BRANCH
-from tqc.diffusion.plan import SHARED, Cell, Schedule
-from tqc.diffusion.state import Generation, Scope
-from tqc.diffusion.variants import FULL, HALF, OTHER, OWN, Action, Call, Variant
+from tqc.diffusion.plan import Schedule
+from tqc.diffusion.rows import BRANCHES, probe_row, progress_of, row_of, wanted, weight_of
+from tqc.diffusion.state import Branch, Generation, Scope
+from tqc.diffusion.variants import FULL, Action, Call, Variant
+from tqc.passes.rewrites.step_state import ATTENTION, BLOCK, WINDOW
 from tqc.torch_private import compiled_call, get_compiled, set_compiled
 
 log = logging.getLogger(__name__)
-# What diffusers' pipelines call the branches of classifier-free guidance in `cache_context`.
-BRANCHES = ("cond", "uncond")
-BATCH = "cond_uncond"
+BATCH = "cond_uncond"  # as diffusers calls a batch of both branches
+WHATS = (ATTENTION, WINDOW, BLOCK)
 
 
 class Dispatcher:
@@ -50,7 +50,7 @@ class Dispatcher:
         self.variants: dict[tuple[Action, ...], tuple[Variant, Callable[..., Any]]] = {}
         self.running = threading.local()  # `generations`, `name` and `call` of each thread
         self._compiling = threading.Lock()
-        self._warned = False
+        self._said: set[str] = set()
 
     def install(self) -> None:
         """Let the transformer's calls come here, in place of whatever compiled them before."""
@@ -67,7 +67,7 @@ class Dispatcher:
     @contextlib.contextmanager
     def generation(self, scope: Scope) -> Iterator[Generation]:
         """Calls of this thread belong to a generation of their own meanwhile, whose state goes with it."""
-        made = Generation(scope, self.bits)
+        made = self._generation(scope)
         stack = self._generations()
         stack.append(made)
         try:
@@ -80,32 +80,81 @@ class Dispatcher:
         generation = self._generations()[-1]
         try:
             bound = self.signature.bind(*args, **kwargs).arguments
-            branch = self._advance(generation, bound)
-            cells = self._cells(generation.step)
-            other = self._other(generation, branch)
-            row = self._row(generation, branch, cells, other, bound)
-            for layer, action in enumerate(row):
-                if action.step == FULL:
-                    generation.drop(branch, {layer})
-            _, compiled = self._variant(row)
-            self.running.call = Call(generation, branch, other)
-            result = compiled(*args, **kwargs)
+            name = self._advance(generation, bound)
+            call = Call(generation, name, self._other(generation, name))
+            probe = self._probe(call)
+            if probe is not None:
+                before = generation.read_all(name, 0, BLOCK)
+                result = self._run(call, probe, args, kwargs)
+                generation.note_change(name, before, weight_of(generation) if self.schedule.scorer else 1.0)
+            if len(generation.called) == 1:
+                progress = progress_of(generation, generation.branch(name), self.schedule)
+                generation.cells = self.schedule.row(progress)
+                if probe is not None and any(cell.step != FULL for cell in generation.cells):
+                    return result
+            halves = self._halves(generation)
+            row = row_of(call, self.schedule, generation.cells, halves, probe is not None)
+            result = self._run(call, row, args, kwargs)
+            if any(action.keep for action in row):
+                generation.settle(name)
+            return result
         except BaseException:
             generation.clear()
             raise
+
+    def _run(self, call: Call, row: tuple[Action, ...], args: Any, kwargs: Any) -> Any:
+        generation, name, other = call
+        branch = generation.branch(name)
+        for layer, action in enumerate(row):
+            for what in () if generation.measures else action.keep:  # to make room
+                branch.trim(layer, what, wanted(self.schedule, generation, layer).get(what, 1) - 1)
+        variant, compiled = self._variant(row)
+        self.running.call = call
+        try:
+            result = compiled(*args, **kwargs)
         finally:
             self.running.call = None
-        generation.filled[branch] = {layer for layer, action in enumerate(row) if action.keep}
-        done = {layer for layer, action in enumerate(row) if not (action.keep or action.lend)}
-        generation.drop(branch, done)
-        if other is not None:
-            generation.drop(other, set(range(len(row))) - generation.filled[other])
+        self._say_notes(variant)
+        generation.lent = {layer for layer, action in enumerate(row) if action.lend}
+        for layer in range(len(row)):
+            if layer not in generation.lent:
+                self._trim(generation, branch, layer)
+            if other is not None:
+                self._trim(generation, generation.branch(other), layer)
         return result
+
+    def _trim(self, generation: Generation, branch: Branch, layer: int) -> None:
+        """Forget the states that no later step reads."""
+        counts = wanted(self.schedule, generation, layer)
+        for what in WHATS:
+            branch.trim(layer, what, counts.get(what, 0))
+
+    def _probe(self, call: Call) -> tuple[Action, ...] | None:
+        generation, name, _ = call
+        strategy = self.schedule.strategy
+        if strategy is None or not strategy.probes or len(generation.called) > 1:
+            return None
+        return probe_row(self.schedule, generation, generation.branch(name))
+
+    def _halves(self, generation: Generation) -> bool:
+        """Whether the batch is of both branches of the guidance."""
+        name = getattr(self.running, "name", None)
+        batch = generation.like[0][0] if generation.like else 1  # type: ignore[index]
+        guided = name is None and generation.scope is not None and generation.scope.guided()
+        return (name == BATCH or guided) and batch % 2 == 0
+
+    def _say_notes(self, variant: Variant) -> None:
+        for note in variant.notes:
+            self._say(note, "%s: %s", note)
 
     def _generations(self) -> list[Generation]:
         if not hasattr(self.running, "generations"):
-            self.running.generations = [Generation(bits=self.bits)]
+            self.running.generations = [self._generation()]
         return self.running.generations
+
+    def _generation(self, scope: Scope | None = None) -> Generation:
+        strategy = self.schedule.strategy
+        return Generation(scope, self.bits, strategy is not None and strategy.measures)
 
     def _named(self, context: Callable[..., Any]) -> Callable[..., Any]:
         @contextlib.contextmanager
@@ -127,6 +176,10 @@ class Dispatcher:
         like = None if sample is None else (sample.shape, sample.dtype, sample.device)
         name = getattr(self.running, "name", None)
         if generation.timestep is None or timestep > generation.timestep or like != generation.like:
+            rose = generation.timestep is not None and like == generation.like
+            generation.rises = generation.rises + 1 if rose and generation.step == 0 else 0
+            if generation.rises == 2:
+                self._say("rise", "timesteps of %s rise, and what is shared goes by falling ones: nothing is shared")
             self._begin(generation)
         elif timestep < generation.timestep:
             self._next(generation)
@@ -137,7 +190,13 @@ class Dispatcher:
                 self._next(generation)
             else:
                 self._begin(generation)
-                self._warn(name, timestep)
+                if name is None:
+                    self._say(
+                        "twice",
+                        "%s was called twice with timestep %s, so nothing is shared between steps: name the calls of "
+                        'the two guidance branches, `with transformer.cache_context("cond"):`',
+                        timestep,
+                    )
         branch = name or "call 0"
         generation.timestep, generation.like = timestep, like
         generation.called.append(branch)
@@ -151,29 +210,19 @@ class Dispatcher:
         if steps is not None and timesteps is not None and len(timesteps) != steps:
             raise ValueError(f"the plan has {steps} steps, and the scheduler is set to {len(timesteps)}")
 
-    @staticmethod
-    def _next(generation: Generation) -> None:
-        for branch in set(generation.filled) - set(generation.called):  # which missed a step
-            generation.filled.pop(branch)
-            generation.held.pop(branch, None)
+    def _next(self, generation: Generation) -> None:
+        for missed in set(generation.branches) - set(generation.called):
+            del generation.branches[missed]
         generation.step += 1
-        generation.called = []
-
-    def _warn(self, name: str | None, timestep: float) -> None:
-        if name is None and not self._warned:
-            self._warned = True
-            log.warning(
-                "%s was called twice with timestep %s, so nothing is shared between steps: name the calls of the two "
-                'guidance branches, `with transformer.cache_context("cond"):`',
-                type(self.transformer).__name__,
-                timestep,
-            )
-
-    def _cells(self, step: int) -> tuple[Cell, ...]:
+        generation.called, generation.lent = [], set()
         steps = self.schedule.steps
-        if steps is not None and step >= steps:
-            raise ValueError(f"the plan has {steps} steps, and this is call {step + 1} of the generation")
-        return self.schedule.row(step)
+        if steps is not None and generation.step >= steps:
+            raise ValueError(f"the plan has {steps} steps, and this is call {generation.step + 1} of the generation")
+
+    def _say(self, key: str, message: str, *values: object) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            log.warning(message, type(self.transformer).__name__, *values)
 
     @staticmethod
     def _other(generation: Generation, branch: str) -> str | None:
@@ -181,38 +230,10 @@ class Dispatcher:
         earlier = [name for name in generation.called[:-1] if name in BRANCHES and name != branch]
         return earlier[0] if earlier and branch in BRANCHES else None
 
-    def _row(
-        self,
-        generation: Generation,
-        branch: str,
-        cells: tuple[Cell, ...],
-        other: str | None,
-        bound: Mapping[str, Any],
-    ) -> tuple[Action, ...]:
-        last = generation.step + 1 == self.schedule.steps
-        following = (Cell(),) * len(cells) if last else self.schedule.row(generation.step + 1)
-        filled = generation.filled.get(branch, set())
-        name = getattr(self.running, "name", None)
-        halves = name == BATCH or (name is None and generation.scope is not None and generation.scope.guided())
-        batch = generation.like[0][0] if generation.like else 0  # type: ignore[index]
-        row = []
-        for layer, (cell, after) in enumerate(zip(cells, following, strict=True)):
-            guidance, lend = FULL, False
-            if cell.guidance == OTHER_BRANCH:
-                if other is not None:
-                    guidance = OTHER
-                elif branch in BRANCHES:
-                    lend = True
-                elif halves and batch % 2 == 0 and cell.step != SHARED:
-                    guidance = HALF
-            step = OWN if cell.step == SHARED and layer in filled else FULL
-            row.append(Action(step, guidance, after.step == SHARED, lend))
-        return tuple(row)
-
     def _variant(self, row: tuple[Action, ...]) -> tuple[Variant, Callable[..., Any]]:
         with self._compiling:
             if row not in self.variants:
-                variant = Variant(row, self.blocks, self.options, self.running)
+                variant = Variant(row, self.blocks, self.options, self.running, self.schedule.window)
                 context: Any = torch.compile(self.transformer, backend=variant, dynamic=self.dynamic)
                 self.variants[row] = variant, compiled_call(context.dynamo_ctx, self.transformer)
             return self.variants[row]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ import torch
 from tqc.config import Config
 from tqc.diffusion.dispatcher import Dispatcher, dispatcher_of
 from tqc.diffusion.plan import Plan, make_schedule
+from tqc.diffusion.sigmas import check_scheduler, step_weights
 from tqc.diffusion.state import STATE_BITS, Scope
+from tqc.optimized_module import SHARING
 
 # A pipeline with two has one for the noisy steps and one for the rest.
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -25,6 +27,7 @@ def compile_pipeline(
     *,
     strategy: str | None = None,
     strategy_kwargs: Mapping[str, Any] | None = None,
+    scorer: str | None = None,
     cfg_sharing: bool = False,
     skip_layers: Iterable[int] = (),
     plan: Plan | str | os.PathLike[str] | None = None,
@@ -36,8 +39,9 @@ def compile_pipeline(
 
     Args:
         pipe: of diffusers, with a `transformer` (and maybe a `transformer_2`) made of lists of blocks.
-        strategy: "share", which computes attention in every n-th step (`strategy_kwargs={"every": n}`, 2 by default);
-            None computes it in all.
+        strategy: what is computed in which steps: "share", "taylor", "delta", "delta2", "window" or "first_block", with
+            `strategy_kwargs` (`tqc plugins` says which); None computes everything in all.
+        scorer: "snr" weighs the errors that delta, delta2 and first_block count, by the scheduler's sigmas.
         cfg_sharing: compute self-attention for one branch of classifier-free guidance only, and use it for both. Joint
             attention and cross-attention carry the prompt, and are computed for both.
         skip_layers: layers that compute everything; negative from the last. Layers are the blocks of the transformer,
@@ -56,11 +60,14 @@ def compile_pipeline(
         raise ValueError(f"pipe must have a transformer, and {type(pipe).__name__} has none")
     if plan is not None and len(transformers) > 1:
         raise ValueError("a plan is for one transformer, and this pipeline has two: give a strategy")
+    if scorer is not None:
+        check_scheduler(getattr(pipe, "scheduler", None))
     made = [
         make_dispatcher(
             transformer,
             strategy=strategy,
             strategy_kwargs=strategy_kwargs,
+            scorer=scorer,
             cfg_sharing=cfg_sharing,
             skip_layers=skip_layers,
             plan=plan,
@@ -82,6 +89,24 @@ def decompile_pipeline(pipe: Any) -> None:
         if dispatcher := dispatcher_of(getattr(pipe, name, None)):
             dispatcher.remove()
     pipe.__class__ = getattr(type(pipe), "_tqc_original", type(pipe))
+
+
+def compile_transformer(transformer: torch.nn.Module, options: Mapping[str, Any]) -> Dispatcher:
+    """What `transformer.compile(backend="tqai", options=...)` lets its calls go through: the arguments of
+    `compile_pipeline` are among the options there.
+
+    Raises:
+        ValueError, TypeError: as `compile_pipeline`; also for a scorer, which needs the pipeline's scheduler.
+    """
+    if options.get("scorer") is not None:
+        raise ValueError(
+            f"scorer reads the scheduler of a pipeline, so give it to tqc.compile_pipeline; got {options['scorer']!r}"
+        )
+    sharing = {name: value for name, value in options.items() if name in SHARING}
+    rest = {name: value for name, value in options.items() if name not in SHARING}
+    dispatcher = make_dispatcher(transformer, **sharing, options=rest)
+    dispatcher.install()
+    return dispatcher
 
 
 def make_dispatcher(
@@ -128,15 +153,23 @@ def _scoped(cls: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(self, *args, **kwargs)
         bound.apply_defaults()
-        scope = Scope(functools.partial(_guided, self, bound.arguments), functools.partial(_timesteps, self))
-        with contextlib.ExitStack() as stack:
-            for name in TRANSFORMERS:
-                if dispatcher := dispatcher_of(getattr(self, name, None)):
-                    stack.enter_context(dispatcher.generation(scope))
+        with generations_of(self, bound.arguments):
             return original(self, *args, **kwargs)
 
     names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), {**names, "_tqc_original": cls})
+
+
+@contextlib.contextmanager
+def generations_of(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """A generation for each compiled transformer of a pipeline that is called with these arguments."""
+    weights = functools.cache(functools.partial(step_weights, pipe))
+    scope = Scope(functools.partial(_guided, pipe, arguments), functools.partial(_timesteps, pipe), weights)
+    with contextlib.ExitStack() as stack:
+        for name in TRANSFORMERS:
+            if dispatcher := dispatcher_of(getattr(pipe, name, None)):
+                stack.enter_context(dispatcher.generation(scope))
+        yield
 
 
 def _guided(pipe: Any, arguments: Mapping[str, Any]) -> bool:

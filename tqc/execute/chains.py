@@ -176,6 +176,10 @@ class CompiledChain:
             return self.in_python(*args)  # layers that share a cache must see each other's tokens
         if any(storage.opens(count) for storage, count in zip(storages, self.counts, strict=True)):
             return self.in_python(*args)  # keys are balanced by the queries of this step
+        if any(
+            storage.fmt.groups and storage.packs(count) for storage, count in zip(storages, self.counts, strict=True)
+        ):
+            return self.in_python(*args)  # a scorer sorts the tokens that leave the window in this step
         tensors = [args[index] for index in self.tensors]
         for storage in storages:
             tensors += (storage.pages, storage.dense, storage.state)

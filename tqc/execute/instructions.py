@@ -21,7 +21,7 @@ from tqc.cache.views import family, hold, writable
 from tqc.execute.folded_weights import Fold, folded_weights
 from tqc.format import PackedFormat
 from tqc.lowering.provider import Provider
-from tqc.ops import Op, Planes
+from tqc.ops import Op, Planes, planes
 from tqc.ops.planes import position
 from tqc.ops.write import is_append
 from tqc.torch_private import pytree
@@ -106,14 +106,15 @@ class AttendExtend(Attention):
         k, v = k_cache.room_behind(count), v_cache.room_behind(count)
         k.balance(key, query)
         if k.fmt.groups:
-            score, state_rows = ops.score(
-                key, value, query, k.fmt.spec, _planes_of(k), _planes_of(v), attn_mask, self.scale
-            )
-            stored = k.length
+            score, state_rows, stored = None, None, k.length
+            if k.packs(count):
+                score, state_rows = ops.score(
+                    key, value, query, k.fmt.spec, _planes_of(k), _planes_of(v), attn_mask, self.scale
+                )
             with Appending((k, v), (count, count)):
                 out = self.attend(query, k, v, key, value, attn_mask, sinks, None)
                 self.append(k, v, key, value, None, score)
-                k.remember(stored, query, (score, state_rows))
+                planes.remember(k.dense, stored, query, state_rows, k.fmt)
             return out, PackedTensor.up_to(k, end), PackedTensor.up_to(v, end)
         with Appending((k, v), (count, count)):
             out = self.attend(query, k, v, key, value, attn_mask, sinks, None)

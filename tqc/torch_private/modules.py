@@ -23,7 +23,7 @@ def patch_attributes(get: Callable[[Callable[..., Any], Any, str], Any]) -> None
     cls.__getattr__ = lambda self, name: get(original, self, name)
 
 
-def patch_compile(starting: Callable[[Any, Any], None], made: Callable[[torch.nn.Module, Any], None]) -> None:
+def patch_compile(starting: Callable[[Any, Any], None], made: Callable[[torch.nn.Module, Any], Any]) -> None:
     """Let `starting(function, context)` know of each function or method that dynamo will compile, before it does, and
     `made(module, context)` of each module whose call `Module.compile` compiles from now on, the one that is being
     compiled included: the first `Module.compile` of a process is what loads this package. `backend_of` and
@@ -38,7 +38,7 @@ def patch_compile(starting: Callable[[Any, Any], None], made: Callable[[torch.nn
         compiled = original(context, function)
         module = getattr(function, "__self__", None)
         if isinstance(module, torch.nn.Module) and getattr(function, "__func__", None) is torch.nn.Module._call_impl:
-            made(module, context)
+            return made(module, context) or compiled
         return compiled
 
     cls.__call__ = call

@@ -80,6 +80,12 @@ def arguments_of(op: Any) -> Any:
     return op._schema.arguments
 
 
+def is_view_op(op: Any) -> bool:
+    """Whether an operator gives views of its first argument, by its schema. No public way."""
+    aliases = [result.alias_info for result in op._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
 # Attribute of a tensor: which of its sizes vary. `mark_dynamic` sets it on the parts of a packed tensor as well.
 DYNAMIC_SIZES = "_dynamo_weak_dynamic_indices"
 
