@@ -146,7 +146,8 @@ def main() -> None:
                 rows.append(row)
         if not given.quick:
             notes = [
-                "bytes; float16; weights are not part of peaks; cache_bytes at so many tokens, room for more behind some tokens of decoding"
+                "bytes; float16; weights are not part of peaks; cache_bytes at so many tokens, room for more behind "
+                "some tokens of decoding"
             ]
             envelope.write("mlx_memory", rows, notes, packages)
 

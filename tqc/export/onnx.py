@@ -84,8 +84,9 @@ def export_onnx(
         config = Config.from_options({**({"preset": preset} if preset else {}), **options})
     elif options or preset:
         raise ExportError(f"compress=False leaves all caches dense, so it takes no {next(iter(options), 'preset')}")
-    if config.strategy is not None:
-        raise ExportError(f"strategy is an option of the torch backend alone; got {config.strategy!r}")
+    for name in ("strategy", "monitor"):
+        if (value := getattr(config, name)) is not None:
+            raise ExportError(f"{name} is an option of the torch backend alone; got {value!r}")
     say("tracing")
     captured = capture(model, config)
     if captured.plan:
