@@ -38,7 +38,7 @@ class Hooked(nn.Module):
     def __init__(self, inner: DiTTransformer2DModel, swaps: bool = False) -> None:
         super().__init__()
         self.inner, self.swaps = inner, swaps
-        self.config, self.dtype = inner.config, inner.dtype
+        self.config, self.dtype, self.device = inner.config, inner.dtype, inner.device
         self.pipe: Any = None
         self.timestep = 0
 

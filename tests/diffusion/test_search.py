@@ -150,3 +150,12 @@ def test_the_snr_scorer_reads_the_sigmas_of_the_scheduler():
     pipe.scheduler = torch.nn.Identity()
     with pytest.raises(ValueError, match="reads the sigmas of the scheduler, and Identity has none"):
         tqc.compile_pipeline(pipe, strategy="delta2", scorer="snr")
+
+
+def test_first_block_probes_the_last_step_of_a_pipeline_too():
+    pipe = dit_pipeline()
+    plain = draw(pipe)
+    tqc.compile_pipeline(pipe, strategy="first_block", strategy_kwargs={"threshold": 1e-9}, options=EAGER)
+    torch.testing.assert_close(draw(pipe), plain, rtol=0, atol=1e-4)
+    tqc.compile_pipeline(pipe, strategy="first_block", strategy_kwargs={"threshold": 9.0}, options=EAGER)
+    assert not torch.allclose(draw(pipe), plain, rtol=0, atol=1e-4)
