@@ -44,13 +44,28 @@ def attend(
 ) -> mx.array:
     """`tqc.mlx_trace.attention.attend` by kernels."""
     numbers, dtype = keys.step.numbers, keys.dense.dtype
-    stored = [array for part in (keys, values) for array in (part.pages, part.dense, numbers)]
-    new = [part.astype(dtype) for part in (key, value)]
-    sinks = None if sinks is None else sinks.astype(mx.float32)
-    how: dict[str, Any] = {"window": window, "padding": numbers[:, 4]}
-    specs = str(keys.fmt), str(values.fmt)
-    rest = (None, sinks, None, scale, softcap, True, *specs)
-    return launch.attend(query.astype(dtype), *stored, *new, *rest, **how)[0].astype(query.dtype)
+    attended, _ = launch.attend(
+        query.astype(dtype),
+        keys.pages,
+        keys.dense,
+        numbers,
+        values.pages,
+        values.dense,
+        numbers,
+        key.astype(dtype),
+        value.astype(dtype),
+        attn_mask=None,
+        sinks=None if sinks is None else sinks.astype(mx.float32),
+        start=None,
+        scale=scale,
+        softcap=softcap,
+        is_causal=True,
+        k_spec=str(keys.fmt),
+        v_spec=str(values.fmt),
+        window=window,
+        padding=numbers[:, 4],
+    )
+    return attended.astype(query.dtype)
 
 
 def encode_pages(x: mx.array, head: mx.array, fmt: PackedFormat) -> mx.array:
