@@ -22,10 +22,23 @@ def load(folder: Path | str, dtype: torch.dtype | None) -> tuple[AsTorch, Any]:
     """A model and its tokenizer of transformers, of a folder or a hub id; None leaves its dtype as it is."""
     import mlx_lm
 
-    model, tokenizer = mlx_lm.load(str(folder))[:2]
+    config: Any = mlx_lm.load(str(folder), lazy=True, return_config=True)[2]  # type: ignore[misc]
+    model, tokenizer = mlx_lm.load(str(folder), model_config=rotary(config))[:2]
     if dtype is not None:
         model.set_dtype(dtype_of(dtype))
     return AsTorch(model), tokenizer._tokenizer
+
+
+def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers has written about rotary positions since its version 5, under the names that all models of
+    mlx-lm read: most of them would take their own default in place of `rope_parameters` without a word."""
+    given = config.get("rope_parameters") or {}
+    local = given.get("sliding_attention", {})
+    given = given.get("full_attention", given)
+    made = {"rope_theta": given.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+    if given.get("rope_type", "default") != "default":
+        made["rope_scaling"] = given
+    return {name: held for name, held in made.items() if held is not None and config.get(name) is None}
 
 
 class AsTorch:

@@ -102,7 +102,8 @@ class Packed:
         dense: [batch, heads, dense_rows, head_dim].
         step: of the call that this takes part in.
         fresh: tokens that the call leaves to be packed, see `settle`.
-        opening: where the call brings the first page, keys and queries to balance its heads by.
+        opening: where the call brings the first page, keys and queries to balance its heads by; none of them where it
+            has no queries.
     """
 
     fmt: PackedFormat
@@ -179,7 +180,9 @@ def append(cache: Packed, new: mx.array, query: mx.array | None = None) -> Packe
     dense = mx.concatenate([_taken(both, step.rows), cache.head], axis=2)
     fresh = _taken(both, step.packs) if step.packs.shape[1] else None
     opening: tuple[mx.array, ...] = ()
-    if step.opens and fmt.centred and query is not None:
+    if step.opens and fmt.centred and query is None:
+        opening = both[:, :, :0], both[:, :, :0]
+    elif step.opens and fmt.centred and query is not None:
         own, first = step.own(new.shape[2]), step.numbers[:, :1]
         real = (own >= first) & (own < first + step.numbers[:, 3:4])
         shown = mx.concatenate([step.position[:, : fmt.token_rows] >= 0, real], axis=1)
@@ -220,7 +223,8 @@ def _settled(cache: Packed, placement: Placement, count: int) -> Packed:
     if not len(chosen) or cache.fresh is None:
         return Packed(fmt, pages, cache.dense)
     if placement.opens(count) and fmt.centred:
-        scales = mx.expand_dims(balance(*cache.opening), 2) if cache.opening else head[:, :, 1:]
+        balanced = bool(cache.opening) and cache.opening[0].shape[2] > 0
+        scales = mx.expand_dims(balance(*cache.opening), 2) if balanced else head[:, :, 1:]
         head = kernels.head_rows(cache.fresh[:, :, :PAGE_TOKENS], scales, fmt)
     run = cache.fresh[:, :, chosen[0] * PAGE_TOKENS : (chosen[-1] + 1) * PAGE_TOKENS]
     pages = _placed(pages, kernels.encode_pages(run, head, fmt), mx.array(slots), fmt)
@@ -248,6 +252,38 @@ def read(cache: Packed, placement: Placement) -> mx.array:
     position = placement.positions(cache.num_pages)
     taken = np.flatnonzero(position >= 0)
     return mx.take(places, mx.array(taken[np.argsort(position[taken])].astype(np.int32)), axis=2)
+
+
+def in_order(cache: Packed, new: mx.array) -> mx.array:
+    """The stored tokens and those of a call, decoded, in order: what keys and values of latents are computed from.
+
+    Args:
+        cache: whole, no sliding window; as it was before the call.
+        new: [batch, heads, n, head_dim].
+
+    Returns:
+        [batch, heads, places + n, head_dim] in new's dtype; position p is in column p. Zeros behind the last one.
+    """
+    fmt, step = cache.fmt, cache.step
+    places = cache.dense[:, :, : fmt.token_rows]
+    if cache.num_pages:
+        coded = decoded(decode_pages(cache.pages, cache.head, fmt), cache.head, fmt)
+        places = mx.concatenate([places, coded.astype(places.dtype)], axis=2)
+    own = step.own(new.shape[2])
+    held = mx.concatenate([step.position, mx.where(own >= step.numbers[:, :1], own, -1)], axis=1)
+    order = mx.argsort(mx.where(held < 0, mx.iinfo(mx.int32).max, held), axis=1)
+    shown = mx.take_along_axis(held, order, axis=1) >= 0
+    return mx.where(shown[:, None, :, None], _taken(mx.concatenate([places, new], axis=2), order), 0)
+
+
+def mask_in_order(cache: Packed, length: int, window: int | None) -> mx.array:
+    """Which columns of `in_order` the `length` tokens of a call see: bool [length, columns], or [batch, 1, length,
+    columns]."""
+    own = cache.step.own(length)[:, :, None]
+    columns = mx.arange(cache.step.position.shape[1] + length)
+    seen = columns <= own
+    seen = seen if window is None else seen & (columns > own - window)
+    return seen[0] if seen.shape[0] == 1 else seen[:, None]
 
 
 def cut(cache: Packed, placement: Placement, length: int) -> tuple[Packed, Placement]:

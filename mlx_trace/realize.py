@@ -13,7 +13,7 @@ from tqc import ops
 from tqc.mlx_trace import functions
 from tqc.mlx_trace.attention import attend
 from tqc.mlx_trace.graph import CaptureError
-from tqc.mlx_trace.packed import append
+from tqc.mlx_trace.packed import append, in_order, mask_in_order
 from tqc.ops import Op, example, is_packed
 from tqc.ops.effects import written
 
@@ -41,6 +41,11 @@ def realize(gm: GraphModule) -> None:
         out = attend(query, k_cache, v_cache, key, value, sinks)       with the scale and the window in the call
         keys = append(k_cache, key, query)
 
+    And for what is computed from a packed cache:
+        keys = tqai.extend(k_cache, key); dense = tqai.read(keys)
+    becomes
+        keys = append(k_cache, key, None); dense = in_order(k_cache, key)
+
     Raises:
         CaptureError: for an op, or a mask, that programs of MLX have no call for.
     """
@@ -52,6 +57,8 @@ def realize(gm: GraphModule) -> None:
             operands, call = _attend(arguments)
         elif node.target is ops.extend:
             operands, call = [arguments[name] for name in ("cache", "new", "query")], Call(append)
+        elif node.target is ops.read and (extended := _extended(arguments["cache"])):
+            operands, call = extended, Call(in_order)
         else:
             raise CaptureError(f"MLX runs no tqai.{node.target.__name__} in a captured program")
         with gm.graph.inserting_before(node):
@@ -59,7 +66,25 @@ def realize(gm: GraphModule) -> None:
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
+    _erase_unused(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=functions.causal_mask):
+        columns, first, length, window = node.args
+        if isinstance(first, Node) and first.target == "size" and is_packed(cache := first.args[0]):
+            node.target, node.args = Call(mask_in_order, length=length, window=window), (cache,)
+    _erase_unused(gm)
+    for node in gm.graph.find_nodes(op="call_method", target="size"):
+        if is_packed(node.args[0]):
+            raise CaptureError(f"the length of a packed cache is asked for by {next(iter(node.users)).name}")
+
+
+def _erase_unused(gm: GraphModule) -> None:
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or written(node))
+
+
+def _extended(node: Any) -> list[Any] | None:
+    """A cache and its new tokens, of `append`."""
+    made = isinstance(node.target, Call) and node.target.func is append
+    return list(node.args[:2]) if made else None
 
 
 def _attend(arguments: dict[str, Any]) -> tuple[list[Any], Call]:

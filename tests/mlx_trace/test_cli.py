@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.conftest import CORPUS  # noqa: E402
 from tests.test_cli import call  # noqa: E402
 from tqc import models  # noqa: E402
 from tqc.evaluate.evaluation import evaluate  # noqa: E402
+from tqc.mlx_trace.as_torch import rotary  # noqa: E402
 
 
 def test_the_commands(monkeypatch, capsys, tiny_model_folder: Path) -> None:
@@ -41,6 +43,26 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tiny_model_folder: Path) -> 
     ):
         code, out, err = call(monkeypatch, capsys, "run", "what", *model, *given)
         assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_rotary_positions_are_those_of_the_model(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """transformers writes them under a name that most models of mlx-lm do not read."""
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 77.0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    loaded = models.load_mlx(str(tmp_path / "model"))[0]
+    assert loaded.model.layers[0].self_attn.rope.base == 77.0
+    for given, names in (
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 5.0}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rope_theta": 6.0}, {}),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 7.0}}},
+            {"rope_theta": 5.0, "rope_local_base_freq": 7.0},
+        ),
+        ({}, {}),
+    ):
+        assert rotary(given) == names
 
 
 def test_the_quality_is_that_of_the_torch_path(tiny_model_folder: Path) -> None:

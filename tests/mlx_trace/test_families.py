@@ -29,7 +29,7 @@ FAMILIES: list[tuple[str, dict[str, Any], int]] = [
     ("phi3", {}, 4),
     ("mistral", LONG, 4),
     ("gpt_oss", {**LONG, "num_experts_per_tok": 4}, 4),
-    ("deepseek_v3", {}, 0),
+    ("deepseek_v3", {}, 4),
 ]
 
 
