@@ -25,56 +25,10 @@ from multiprocessing import get_context
 from typing import Any
 
 from benchmarks.envelope import write
+from benchmarks.mlx_configs import OWN, SMALL, VARIATIONS
 
 SECONDS, TOLERANCE = 120, 1e-3
 LENGTHS = (24, 24, 1, 1, 1, 1)
-# What a configuration that has such a field gets.
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "padded_vocab_size"), 128),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embedding_size"), 64),
-    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "ffn_hidden_size", "moe_intermediate_size"), 96),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "moe_ffn_hidden_size"), 96),
-    **dict.fromkeys(("expert_ffn_hidden_size", "intermediate_size_mlp", "block_ff_dim"), 96),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_transformer_layers"), 4),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_attention_groups", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "kv_channels", "query_pre_attn_scalar"), 16),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "num_experts_top_k"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 512),
-    **dict.fromkeys(("original_max_position_embeddings", "model_max_length"), 512),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"), 1e-5),
-    **dict.fromkeys(("layernorm_epsilon", "layer_norm_rms_epsilon"), 1e-5),
-    **dict.fromkeys(("sliding_window", "window_size", "sliding_window_size", "attention_window_size"), 40),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "use_qkv_bias", "use_bias", "no_bias"), False),
-    **dict.fromkeys(("rope_theta", "rope_base", "rotary_emb_base"), 10000.0),
-    **{"tie_word_embeddings": True, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "n_group": 1},
-    **{
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "num_shared_experts": 1,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
-    **{"norm_topk_prob": True, "moe_layer_freq": 1, "routed_scaling_factor": 1.0, "sliding_window_pattern": 2},
-    **{"rotary_dim": 8, "rotary_pct": 0.5, "logit_scale": 1.0, "attention_multiplier": 0.25, "hidden_act": "silu"},
-    **{"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "ssm_state_size": 8},
-    **{"state_size": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "conv_kernel": 4, "conv_kernel_size": 4},
-    **{"time_step_rank": 4, "linear_conv_kernel_dim": 4, "full_attention_interval": 2, "conv_L_cache": 3},
-    **{"full_attn_idxs": [1, 3], "conv_dim": 64, "conv_dim_out": 64, "hidden_size_per_layer_input": 8},
-    **{"vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0, "attn_logit_softcapping": 50.0},
-    **{"final_logit_softcapping": 30.0, "attention_logits_soft_cap": 50.0, "add_qkv_bias": False, "dt_rank": 4},
-    **{"rope_traditional": False, "qkv_bias": False, "scale_emb": 1.0, "scale_depth": 1.0, "dim_model_base": 64},
-}
-VARIATIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    {"num_key_value_heads": 4},
-    {"q_lora_rank": None},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-)
 
 
 def build(name: str, variation: dict[str, Any]) -> Any:
@@ -82,9 +36,9 @@ def build(name: str, variation: dict[str, Any]) -> Any:
 
     module = importlib.import_module(f"mlx_lm.models.{name}")
     fields = {field.name for field in dataclasses.fields(module.ModelArgs)}
-    given = {**SMALL, **variation, "model_type": name}
+    given = {**SMALL, **variation, **OWN.get(name, {}), "model_type": name}
     if "text_config" in fields:
-        given["text_config"] = {**SMALL, **variation, "model_type": f"{name}_text"}
+        given["text_config"] = {**given, "model_type": f"{name}_text"}
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict({key: held for key, held in given.items() if key in fields}))
     mx.eval(model.parameters())

@@ -135,6 +135,29 @@ _LEVELS = [
     *((f"{bits}_us", f"µs, {bits[:2].upper()} {bits[2:].upper()}", ",.0f") for bits in _BITS),
     *((f"{bits}_ratio", f"{bits[:2].upper()} {bits[2:].upper()}, AVX2 over it", ".1f") for bits in _BITS),
 ]
+_PLUGINS = [
+    ("model", "model", ""),
+    ("setting", "cache", ""),
+    ("bits_4096", "bits at 4,096", ".2f"),
+    ("kl_mean", "KL mean", ".4f"),
+    ("kl_p99", "99 %", ".2f"),
+    ("perplexity_increase", "perplexity", "+.1%"),
+    ("numbers_nll", "NLL of hidden numbers", ".3f"),
+    ("numbers_found", "found of 16", ""),
+]
+_GROUPED = [
+    ("what", "what", ""),
+    ("shape", "shape", ""),
+    ("setting", "cache", ""),
+    ("us", "µs", ",.0f"),
+    ("us_uniform_4_bits", "µs, all at 4 bits", ",.0f"),
+    ("ratio", "ratio", ".2f"),
+    ("bytes_ratio", "bytes, float32 window", ".3f"),
+    ("mean_ms", "mean ms", ".2f"),
+    ("median_ms", "median ms", ".2f"),
+    ("slowest_ms", "slowest ms", ".1f"),
+    ("ratio_of_means", "ratio of means", ".3f"),
+]
 
 _TQAI_NMSE = [
     ("made_by", "by", ""),
@@ -146,6 +169,15 @@ _TQAI_NMSE = [
         (name, name, ".4f")
         for name in ("Qwen 0.5B", "Qwen 3B", "Qwen 7B", "Gemma 2B", "Gemma 7B", "Llama 8B", "WAN 5B")
     ),
+]
+_CODEBOOKS = [
+    ("model", "model", ""),
+    ("of", "of", ""),
+    ("bits", "bits", ""),
+    ("solver", "solver", ""),
+    ("train_error", "error, first half", ".4f"),
+    ("error", "second half", ".4f"),
+    ("attention_kl", "KL of attention", ".4f"),
 ]
 _TOKEN_DIFFERENCES = [
     ("configuration", "", ""),
@@ -189,6 +221,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "generate": Table("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
         "generate_peers": Table("Decoding, beside others on the CPU", _GENERATE_PEERS),
         "first_token": Table("From the command `tqc run` to its first token", _FIRST_TOKEN),
+        "codebooks": Table("Solvers of codebooks on keys and values of real models", _CODEBOOKS),
         "attention": Table("Decode attention, the least time of a call", _ATTENTION),
     },
     "docs/models.md": {
@@ -202,6 +235,10 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
     "docs/tqai.md": {
         "tqai_nmse": Table("Mean relative squared error of random states that change little", _TQAI_NMSE),
         "token_differences": Table("Differences between tokens of a text", _TOKEN_DIFFERENCES),
+    },
+    "docs/plugins.md": {
+        "plugins": Table("Scorers and strategies, losers included", _PLUGINS),
+        "grouped": Table("What groups cost and gain on the CPU", _GROUPED),
     },
     "docs/performance.md": {
         "step_profile": Table("Where a decode step's time goes", _STEP_PROFILE),

@@ -31,8 +31,8 @@ class Provider:
 
             Raises: `Unavailable`, if they cannot be had.
         folded: whether they take folded formats.
-        grouped: whether formats with groups can be had of them by `tqc.lowering.grouped`: `append` and `attend` take
-            tensors of pages with any strides, and states of caches that begin behind the sinks or what is packed.
+        grouped: whether `attend`, `append` where no group leaves the window, and chains take formats with groups; the
+            rest is `tqc.lowering.grouped`.
         pairs: whether there is `append_pair(k_pages, k_dense, k_state, key, v_pages, v_dense, v_state, value, start,
             k_spec, v_spec)`, which appends keys and values in one launch.
         chains: whether there are `make_chain`, `run_chain` and `chain_seconds`, by which layers run in one call (see
@@ -59,7 +59,7 @@ class Provider:
         """The same for formats with groups."""
         if not self.grouped:
             return self
-        return replace(self, load=lambda: Grouped(self.kernels), pairs=False, chains=False)
+        return replace(self, load=lambda: Grouped(self.kernels), pairs=False)
 
     def unavailable(self) -> str | None:
         """Why its kernels cannot be had here, or None. May build them."""

@@ -1,4 +1,4 @@
-"""Attention to a packed cache in ops of MLX, with the semantics of `tqc.ops.attend`.
+"""Attention to a packed cache with the semantics of `tqc.ops.attend`: by a kernel (`kernels.py`), or in ops of MLX.
 
 Pages are never turned into dense tokens: the query is rotated, scores are products with levels, and what comes of the
 values is rotated back. A long cache is read tile by tile, so that a call needs memory for one tile at a time.
@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.mlx_trace import kernels
 from tqc.mlx_trace.codec import decode_pages, levels_of, page_centres, rotate, token_scales, unrotate
 from tqc.mlx_trace.packed import Packed
 from tqc.mlx_trace.table import dense_attention
@@ -48,6 +49,8 @@ def attend(
     heads, step = key.shape[1], keys.step
     if not step.begun and not step.padded:
         return _among_new(query, key, value, sinks, scale, softcap, window)
+    if kernels.attends(query, heads):
+        return kernels.attend(query, keys, values, key, value, sinks, scale, softcap, window)
     own = step.own(query.shape[2])
     fresh = mx.where(own >= step.numbers[:, :1], own, -1)  # padding in front has no position
     grouped = mx.unflatten(query.astype(mx.float32) * scale, 1, (heads, -1))  # [batch, heads, repeats, n, head_dim]

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from tqc import report
 from tqc.config import Config
+from tqc.mlx_trace import kernels
 from tqc.mlx_trace.caches import leaves
 from tqc.mlx_trace.capture import capture
 from tqc.mlx_trace.execute import Unsupported
@@ -22,7 +23,6 @@ from tqc.mlx_trace.program import Program
 log = logging.getLogger(__name__)
 
 # Lengths that programs are made for: a prompt is cut into these, the longest first.
-PROVIDERS = ("auto", "reference")
 LENGTHS = (2048, 256, 32, 4, 1)
 
 
@@ -147,9 +147,11 @@ def compile_mlx(model: nn.Module, strict: bool = False, **options: Any) -> nn.Mo
 
 def _check(config: Config) -> None:
     """Raises ValueError for an option that means nothing here."""
-    if config.provider not in PROVIDERS:
-        raise ValueError(f"provider must be one of {', '.join(PROVIDERS)} for MLX; got {config.provider!r}")
-    for name in ("fold_values", "cuda_graphs", "strategy"):
+    if config.provider not in (allowed := ("auto", kernels.provider())):
+        raise ValueError(
+            f"provider must be {' or '.join(allowed)}, what MLX's default device runs; got {config.provider!r}"
+        )
+    for name in ("fold_values", "cuda_graphs", "strategy", "monitor"):
         if value := getattr(config, name):
             raise ValueError(f"{name} is an option of the torch backend alone; got {value!r}")
 

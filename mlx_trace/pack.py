@@ -8,6 +8,7 @@ from typing import Any
 import mlx.nn as nn
 
 from tqc.config import Config
+from tqc.mlx_trace import kernels
 from tqc.mlx_trace.caches import leaves, may_pack
 from tqc.mlx_trace.capture import Captured, capture
 from tqc.mlx_trace.graph import CaptureError
@@ -71,6 +72,6 @@ def pack(captured: Captured, choice: Choice, config: Config, keep_texts: bool = 
             raise CaptureError(f"{site.attention.name} cannot read its packed cache: {site.reason}")
         site.reason = choice.reasons[site.layer]
     for site in plan.with_action(FUSE):
-        site.kernel = "reference"
+        site.kernel = kernels.provider()
     realize(captured.gm)
     return plan

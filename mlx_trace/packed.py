@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from tqc.format import PAGE_TOKENS, PackedFormat
+from tqc.mlx_trace import kernels
 from tqc.mlx_trace.balance import balance
-from tqc.mlx_trace.codec import decode_pages, decoded, encode_pages, head_rows
+from tqc.mlx_trace.codec import decode_pages, decoded
 from tqc.mlx_trace.placement import Placement
 
 
@@ -220,9 +221,9 @@ def _settled(cache: Packed, placement: Placement, count: int) -> Packed:
         return Packed(fmt, pages, cache.dense)
     if placement.opens(count) and fmt.centred:
         scales = mx.expand_dims(balance(*cache.opening), 2) if cache.opening else head[:, :, 1:]
-        head = head_rows(cache.fresh[:, :, :PAGE_TOKENS], scales, fmt)
+        head = kernels.head_rows(cache.fresh[:, :, :PAGE_TOKENS], scales, fmt)
     run = cache.fresh[:, :, chosen[0] * PAGE_TOKENS : (chosen[-1] + 1) * PAGE_TOKENS]
-    pages = _placed(pages, encode_pages(run, head, fmt), mx.array(slots), fmt)
+    pages = _placed(pages, kernels.encode_pages(run, head, fmt), mx.array(slots), fmt)
     return Packed(fmt, pages, mx.concatenate([cache.dense[:, :, : fmt.token_rows], head], axis=2))
 
 
@@ -237,6 +238,9 @@ def _placed(pages: mx.array, coded: mx.array, slots: mx.array, fmt: PackedFormat
 def read(cache: Packed, placement: Placement) -> mx.array:
     """The tokens that are held, decoded: [batch, heads, held, head_dim]."""
     fmt, dense = cache.fmt, cache.dense
+    made = kernels.read(cache.pages, dense, (placement.length, placement.packed, placement.begin), fmt)
+    if made is not None:
+        return made
     places = dense[:, :, : fmt.token_rows]
     if cache.num_pages:
         coded = decoded(decode_pages(cache.pages, cache.head, fmt), cache.head, fmt)

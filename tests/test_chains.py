@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from tests.models.common import FAMILIES
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.execute import chains, split_graph
-from tqc.execute.instructions import AttendExtend, AttendWrite
+from tqc.execute.instructions import AttendExtend, AttendSlide, AttendWrite
 from tqc.lowering.cpu import PROVIDER
 from tqc.torch_private import entry_of
 
@@ -97,6 +97,34 @@ def subject(request):
             for _ in range(3):
                 decoder.step()
         yield subject
+
+
+@pytest.mark.extended
+def test_a_chain_of_caches_with_groups_does_what_its_graph_does_in_python():
+    """Steps without a group that leaves run in the chain, which keeps the queries for the scorer too."""
+    options = {"strategy": "evict", "scorer": "snapkv", "scorer_kwargs": {"queries": 4}, "residual_window": 96}
+    subject = Subject(**options)
+    make = split_graph.SplitGraph.__init__
+
+    def remember(graph, *args, **kwargs):
+        make(graph, *args, **kwargs)
+        subject.graphs.append(graph)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_graph.SplitGraph, "__init__", remember)
+        for _ in range(2):
+            chained = subject.decoder()
+            chained.step()
+    assert len(subject.chains) == 1
+    chained, expected = subject.decoder(), subject.decoder()
+    logits = [chained.step(token) for token in range(90)]  # two groups leave
+    assert subject.chains[0].run.seconds()[1] > 0
+    with subject.in_python():
+        for ours, theirs in zip(logits, [expected.step(token) for token in range(90)], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(chained.parts(), expected.parts(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert chained.cache.layers[0].keys.evicted_tokens == 64
 
 
 def assert_same(a, b):
@@ -239,3 +267,38 @@ def test_a_wrapper_with_work_of_its_own_has_no_entry():
         current_callable = staticmethod(g)
 
     assert entry_of(Code()) is None
+
+
+@pytest.mark.extended
+def test_a_sliding_window_of_fixed_size_is_chained():
+    """It rolls on in a chain as its graph does in Python."""
+    graphs, make = [], split_graph.SplitGraph.__init__
+
+    def remember(graph, *args, **kwargs):
+        make(graph, *args, **kwargs)
+        graphs.append(graph)
+
+    torch._dynamo.reset()
+    model = FAMILIES["mistral"].build(num_hidden_layers=3)
+    model.compile(backend="tqai", options=OPTIONS)
+
+    def steps(chained):
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+        ids, logits = torch.cat([PROMPT, torch.arange(40)[None]], 1), []
+        with torch.no_grad():
+            for a, b in [(0, 90), *((at, at + 1) for at in range(90, 130))]:
+                for graph in graphs:
+                    for chain in graph.chains if not chained else ():
+                        chain.run = chain.module.forward
+                logits.append(model(ids[:, a:b], past_key_values=cache).logits)
+        return logits, [part for layer in cache.layers for part in (layer.keys.state, layer.keys.dequantize())]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_graph.SplitGraph, "__init__", remember)
+        logits, parts = steps(True)
+        found = [chain for graph in graphs for chain in graph.chains]
+        assert any(isinstance(chain.run, chains.CompiledChain) for chain in found)
+        assert any(isinstance(node.target, AttendSlide) for chain in found for node in chain.module.graph.nodes)
+        expected, expected_parts = steps(False)
+    assert_same(logits, expected)
+    assert_same(parts, expected_parts)

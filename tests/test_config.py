@@ -30,7 +30,11 @@ def test_presets_are_valid_and_options_override_them():
         ({"rest": "jit"}, ValueError, "rest must be one of inductor, eager; got 'jit'"),
         ({"strategy": "evikt"}, ValueError, r"strategy must be .*; got 'evikt' \(did you mean 'evict'\?\)"),
         ({"strategy": "evict", "scorer": "snapvk"}, ValueError, r"got 'snapvk' \(did you mean 'snapkv'\?\)"),
-        ({"strategy": "evict", "scorer_kwargs": {"kern": 5}}, ValueError, r"no parameter 'kern' .*'kernel'"),
+        (
+            {"strategy": "evict", "scorer": "snapkv", "scorer_kwargs": {"kern": 5}},
+            ValueError,
+            r"no parameter 'kern' .*'kernel'",
+        ),
         ({"scorer": "snapkv"}, ValueError, "scorer needs a strategy .* got 'snapkv' and none"),
         ({"keep": 0.5}, ValueError, "keep needs a strategy"),
         ({"strategy": "evict", "keep": 0.47}, ValueError, "keep must be one of 1/8, .*; got 0.47"),
@@ -41,7 +45,11 @@ def test_presets_are_valid_and_options_override_them():
         ({"strategy": "tiered", "tiers": 4}, ValueError, "tiers must read as .* got 4"),
         ({"strategy": "tiered", "budget_bits": 1.5}, ValueError, "budget_bits must be at least 2.0 .* got 1.5"),
         ({"strategy": "evict", "preset": "off"}, ValueError, "strategy 'evict' is for packed caches"),
-        ({"strategy": "evict", "residual_window": 64}, ValueError, "residual_window must be at least 79"),
+        (
+            {"strategy": "evict", "scorer": "snapkv", "residual_window": 64},
+            ValueError,
+            "residual_window must be at least 79",
+        ),
         ({"skip_layers": ["first"]}, TypeError, "skip_layers must be integers"),
     ],
 )
@@ -56,7 +64,9 @@ def test_a_strategy_gets_the_window_that_it_needs_and_its_groups():
     keys, values = evict.formats(64, 64)
     assert (keys.groups.tokens, keys.groups.tiers, keys.groups.scorer) == (128, ((1, 3),), "knorm()")
     assert values.groups.scorer == "" and keys.evicts
-    tiered = Config.from_options({"strategy": "tiered", "budget_bits": 2.4, "scorer_kwargs": {"queries": 4}})
+    tiered = Config.from_options(
+        {"strategy": "tiered", "budget_bits": 2.4, "scorer": "snapkv", "scorer_kwargs": {"queries": 4}}
+    )
     keys, values = tiered.formats(64, 64, repeats=3)
     assert keys.groups.code_bits == values.groups.code_bits == 2.0
     assert keys.score_rows == 12 and values.score_rows == 0 and keys.bits == 4

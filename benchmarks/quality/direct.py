@@ -102,7 +102,9 @@ class Bench:
         text = default_text()
         self.ids = tokenizer(text[: 16 * tokens], return_tensors="pt").input_ids[:, :tokens]
         self.calls, hidden = self._prompt(self.ids)
-        self.dense = [model.lm_head(part).float().log_softmax(-1) for part in hidden[0, SCORE_FROM:].split(64)]
+        self.log_p = model.lm_head(hidden[0, SCORE_FROM:]).float().log_softmax(-1)
+        likely = -self.log_p[:-1].gather(1, self.ids[0, SCORE_FROM + 1 :, None])
+        self.perplexity = likely.mean().exp().item()
         self.hidden = [hide_numbers(tokenizer, text, tokens, seed=seed) for seed in range(prompts)]
         self.prompts = [self._prompt(numbers.context)[0] for numbers in self.hidden]
 
@@ -113,7 +115,7 @@ class Bench:
 
     def row(self, config: Config) -> dict[str, Any]:
         """What one cache does: see `tqc.evaluate.evaluation.Row`."""
-        scores, reference = self._text(config).summary(), self._reference().summary()
+        scores = self._text(config).summary()
         found = [self._numbers(config, *part) for part in zip(self.hidden, self.prompts, strict=True)]
         shapes = [
             LayerShape(
@@ -125,19 +127,14 @@ class Bench:
             "bits_4096": all_in_bits(config, shapes),
             "kl_mean": scores["kl_mean"],
             "kl_p99": scores["kl_p99"],
-            "perplexity_increase": scores["perplexity"] / reference["perplexity"] - 1,
+            "perplexity_increase": scores["perplexity"] / self.perplexity - 1,
             "numbers_nll": torch.cat([nll for nll, _ in found]).mean().item(),
             "numbers_found": sum(right for _, right in found),
         }
 
-    def _reference(self) -> Scores:
-        scores, log_p = Scores(), torch.cat(self.dense)
-        scores.add(log_p, log_p, self.ids[0, SCORE_FROM + 1 :])
-        return scores
-
     def _text(self, config: Config) -> Scores:
         formats = config.formats(64, 64)
-        tokens, scores, log_p = self.ids.shape[1], Scores(), torch.cat(self.dense)
+        tokens, scores = self.ids.shape[1], Scores()
         decoding: Decoding | None = None
         for begin, end in chunks(tokens, formats, formats[0].block_tokens):
             if decoding is None:
@@ -149,7 +146,7 @@ class Bench:
             skipped = max(0, SCORE_FROM - begin)
             if begin + skipped >= end:
                 continue
-            mine = log_p[begin + skipped - SCORE_FROM : end - SCORE_FROM]
+            mine = self.log_p[begin + skipped - SCORE_FROM : end - SCORE_FROM]
             log_q = mine if hidden is None else self.model.lm_head(hidden[skipped:]).float().log_softmax(-1)
             scores.add(mine, log_q, self.ids[0, begin + skipped + 1 : end + 1])
         return scores

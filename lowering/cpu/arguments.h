@@ -128,7 +128,7 @@ struct Packed {
 // While nothing was packed `dense` may have fewer rows; where tokens are dropped pages take slots in turns.
 inline void expect_room(const Store& s, const State& state) {
   const Format& f = *s.f;
-  const int64_t pages = state.packed / PAGE, tokens = state.length;
+  const int64_t pages = state.packed / f.block_tokens, tokens = state.length;
   if (s.dense_rows < f.dense_rows() && (pages || tokens > s.dense_rows)) {
     PyErr_Format(PyExc_ValueError, "dense is too small: it has %lld rows, %lld tokens take %lld", (long long)s.dense_rows,
                  (long long)tokens, pages ? (long long)f.dense_rows() : (long long)tokens);
@@ -148,7 +148,7 @@ Store store_of(const Packed<T>& p, Array& dense) {
   pages.get(p.pages, 4, "pages");
   dense.get(p.dense, 4, "dense");
   state.get(p.state, 1, "state");
-  if (!pages.is(kDLUInt, 8) || pages.size(3) != f->page_bytes || (pages.t.strides[3] != 1 && pages.size(2)))
+  if (!pages.is(kDLUInt, 8) || pages.size(3) != f->block_bytes || (pages.t.strides[3] != 1 && pages.size(2)))
     fail(PyExc_ValueError, "pages do not fit the spec");
   if (dense.size(3) != f->dim || dense.size(2) > f->dense_rows() || dense.t.strides[3] != 1)
     fail(PyExc_ValueError, "dense does not fit the spec");
@@ -193,10 +193,33 @@ void append_op(const Packed<T>& to, T new_tokens, T start) {
   if (news.dtype("new") != a.store.dtype) fail(PyExc_TypeError, "new and dense differ in dtype");
   a.news = {news.data(), news.stride(0), news.stride(1), news.stride(2), a.store.dtype};
   a.start = start_of(start, a.store.state->begin);
-  expect_room(a.store, state_after(a));
+  const State after = state_after(a);
+  expect_room(a.store, after);
+  if (after.packed != a.store.state->packed && !a.store.f->tiers.empty())
+    fail(PyExc_ValueError, "tokens of groups are packed by their scores, and there are none");
   if (a.count * a.batch * a.heads < 512) return append(a);
   Py_BEGIN_ALLOW_THREADS append(a);
   Py_END_ALLOW_THREADS
+}
+
+// Writes the last queries to where the scorer of the groups of keys finds them, behind the append of their tokens.
+template <class T>
+void remember_op(const Packed<T>& keys, T queries) {
+  Array dense, query;
+  const Store s = store_of(keys, dense);
+  const Format& f = *s.f;
+  query.get_rows(queries, "query");
+  const int64_t batch = dense.size(0), heads = dense.size(1), repeats = query.size(1) / std::max<int64_t>(1, heads);
+  const int64_t count = query.size(2);
+  float row[MAX_HEAD_DIM];
+  for (int64_t i = std::max<int64_t>(0, count - f.query_ring); i < count; ++i) {
+    const int64_t at = f.token_rows() + f.head_rows() + (s.state->length - count + i) % f.query_ring;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads * repeats; ++h) {
+        to_float(row, query.data() + b * query.stride(0) + h * query.stride(1) + i * query.stride(2), f.dim, query.dtype("query"));
+        from_float(s.row(b, h / repeats, at + h % repeats * f.query_ring), row, f.dim, s.dtype);
+      }
+  }
 }
 
 template <class T>
@@ -280,6 +303,12 @@ void attend_op(const AttendInputs<T>& in, Allocate allocate) {
                  (long long)k.state->begin, (long long)v.state->begin);
     throw Failure{};
   }
+  const auto same_pages = [](const Tier& one, const Tier& other) { return one.pages == other.pages; };
+  if (k.f->block_tokens != v.f->block_tokens ||
+      !std::equal(k.f->tiers.begin(), k.f->tiers.end(), v.f->tiers.begin(), v.f->tiers.end(), same_pages))
+    fail(PyExc_ValueError, "keys and values are in other groups");
+  if (start >= 0 && start != k_length && !k.f->tiers.empty())
+    fail(PyExc_ValueError, "a cache with groups of tokens has no part that could be read alone");
   view_of(a.k, k, length, key, fresh);
   view_of(a.v, v, length, value, fresh);
   a.begin = a.k.begin;

@@ -150,6 +150,7 @@ inline void run_attention(Chain& chain, int index, const Instruction& step, Slot
     const auto attended = Clock::now();
     append_op(in.k, in.key, in.start);
     append_op(in.v, in.value, in.start);
+    if (format_of(in.k.spec)->query_ring) remember_op(in.k, in.query);
     chain.seconds[1] += std::chrono::duration<double>(attended - begin).count();
     chain.seconds[2] += std::chrono::duration<double>(Clock::now() - attended).count();
   }

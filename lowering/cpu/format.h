@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <utility>
+#include <vector>
 
 #include "bytes.h"
 
@@ -20,6 +21,14 @@ struct Plane {
   int width, shift, offset;
 };
 
+struct Format;
+
+// Pages of one width that each block holds, from byte `offset` on.
+struct Tier {
+  const Format* f;
+  int pages, offset;
+};
+
 struct FormatArguments {
   int dim, bits, centred, sink_tokens, window, page_bytes, centre_offset;
   Plane planes[4];
@@ -29,6 +38,7 @@ struct FormatArguments {
   float score_stretch;  // see `PackedFormat.score_stretch`
   int folded;
   int64_t keep;  // or KEEP_ALL
+  int block_tokens, block_bytes, places_offset, score_rows, query_ring;  // see `Format`
 };
 
 constexpr int INT8_BITS = 4;  // above, the error of int8 products would show beside that of the codes
@@ -61,9 +71,14 @@ struct Format {
   alignas(64) uint8_t levels16[2][256];
   float level16_step;
   float score_stretch;
+  // What is packed at once: a page, or a group of tokens whose places in the group lie behind the pages of its tiers.
+  int block_tokens, block_bytes, places_offset;
+  int score_rows, query_ring;  // of dense, behind all others, and how many of the last queries they hold
+  std::vector<Tier> tiers;  // none without groups
 
   int token_rows() const { return sink_tokens + window; }
-  int dense_rows() const { return token_rows() + (centred ? 2 : 0); }
+  int head_rows() const { return centred ? 2 : 0; }
+  int dense_rows() const { return token_rows() + head_rows() + score_rows; }
   // How many slots pages take in turns where older tokens are dropped.
   int64_t slots() const { return std::max<int64_t>(0, (keep - window + 3 * PAGE - 1) / PAGE); }
 };
@@ -86,6 +101,11 @@ inline Format* make_format(const FormatArguments& a) {
   std::copy(a.levels, a.levels + count, f->levels);
   std::copy(a.boundaries, a.boundaries + count - 1, f->boundaries);
   f->score_stretch = a.score_stretch;
+  f->block_tokens = a.block_tokens;
+  f->block_bytes = a.block_bytes;
+  f->places_offset = a.places_offset;
+  f->score_rows = a.score_rows;
+  f->query_ring = a.query_ring;
   f->rotation = aligned_copy(a.rotation, a.dim, a.dim, false);
   f->rotation_t = aligned_copy(a.rotation, a.dim, a.dim, true);
   if (a.hadamard) {
@@ -142,7 +162,7 @@ struct HeadRows {
 
   HeadRows(const Store& s, int64_t b, int64_t h) {
     const Format& f = *s.f;
-    if (!f.centred || s.dense_rows < f.dense_rows()) return;
+    if (!f.centred || s.dense_rows < f.token_rows() + f.head_rows()) return;
     to_float(centre, s.centre(b, h), f.dim, s.dtype);
     to_float(balance, s.balance(b, h), f.dim, s.dtype);
     for (int i = f.dim; i < padded(f.dim); ++i) centre[i] = 0, balance[i] = 1;
@@ -176,6 +196,16 @@ struct View {
   Store store;
   Dense news;
   int64_t begin, stored, packed, length, fresh;
+  // Of one page of each block: where the places of its tokens are in the first block of the first head.
+  const uint8_t* places = nullptr;
+  int group = 0;  // tokens of a block
+
+  // Where the token that the pages hold as `t` stands.
+  int64_t position(int64_t b, int64_t h, int64_t t) const {
+    const int64_t u = t - store.f->sink_tokens, block = u / PAGE;
+    return store.f->sink_tokens + block * group +
+           places[b * store.pages_batch + h * store.pages_head + block * store.pages_page + u % PAGE];
+  }
 
   // Of the tokens that are read from pages; the first of them may lie inside of its page.
   int64_t packed_begin() const { return std::max<int64_t>(store.f->sink_tokens, begin); }

@@ -131,6 +131,12 @@ def _load(chosen: str) -> ModuleType | build.BuildError:
             fmt.score_stretch,
             fmt.folded,
             -1 if fmt.keep is None else fmt.keep,
+            fmt.block_tokens,
+            fmt.block_bytes,
+            fmt.places_offset if fmt.groups else 0,
+            fmt.score_rows,
+            fmt.groups.queries if fmt.groups else 0,
+            tuple((tier.spec, pages, offset) for tier, pages, offset in fmt.tiers if fmt.groups),
         )
 
     try:

@@ -187,16 +187,18 @@ PyObject* py_chain_seconds(PyObject*, PyObject* o) try {
 }
 
 // make_format(dim, bits, centred, sink_tokens, window, page_bytes, centre_offset, planes, levels, boundaries, rotation,
-// is_hadamard, score_stretch, folded, keep) -> address; levels, boundaries and rotation are addresses of float32 arrays.
-PyObject* py_make_format(PyObject*, PyObject* args) {
+// is_hadamard, score_stretch, folded, keep, block_tokens, block_bytes, places_offset, score_rows, query_ring, tiers) ->
+// address; levels, boundaries and rotation are addresses of float32 arrays, tiers are (spec, pages, offset).
+PyObject* py_make_format(PyObject*, PyObject* args) try {
   FormatArguments a{};
-  PyObject* planes;
+  PyObject *planes, *tiers;
   unsigned long long levels, boundaries, rotation;
   long long keep;
   int hadamard;
-  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifiL", &a.dim, &a.bits, &a.centred, &a.sink_tokens, &a.window, &a.page_bytes,
+  if (!PyArg_ParseTuple(args, "iiiiiiiO!KKKifiLiiiiiO!", &a.dim, &a.bits, &a.centred, &a.sink_tokens, &a.window, &a.page_bytes,
                         &a.centre_offset, &PyTuple_Type, &planes, &levels, &boundaries, &rotation, &hadamard,
-                        &a.score_stretch, &a.folded, &keep))
+                        &a.score_stretch, &a.folded, &keep, &a.block_tokens, &a.block_bytes, &a.places_offset,
+                        &a.score_rows, &a.query_ring, &PyTuple_Type, &tiers))
     return nullptr;
   a.plane_count = int(PyTuple_GET_SIZE(planes));
   for (int i = 0; i < a.plane_count; ++i)
@@ -207,7 +209,17 @@ PyObject* py_make_format(PyObject*, PyObject* args) {
   a.rotation = (const float*)rotation;
   a.hadamard = hadamard;
   a.keep = keep;
-  return PyLong_FromVoidPtr(make_format(a));
+  Format* made = make_format(a);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tiers); ++i) {
+    PyObject* spec;
+    Tier tier;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(tiers, i), "Oii", &spec, &tier.pages, &tier.offset)) return nullptr;
+    tier.f = format_of(spec);
+    made->tiers.push_back(tier);
+  }
+  return PyLong_FromVoidPtr(made);
+} catch (Failure&) {
+  return nullptr;
 }
 
 // setup(exchange capsule, on_unknown_spec, empty_strided, (float32, bfloat16, float16), scale table address,

@@ -16,8 +16,8 @@ struct AppendArgs {
 
 inline int64_t packed_tokens(int64_t length, int64_t already, const Format& f) {
   int64_t over = length - f.sink_tokens - f.window;
-  int64_t pages = over > 0 ? (over + PAGE - 1) / PAGE : 0;
-  return std::max(already, pages * PAGE);
+  int64_t blocks = over > 0 ? (over + f.block_tokens - 1) / f.block_tokens : 0;
+  return std::max(already, blocks * f.block_tokens);
 }
 
 // Packed tokens that stay when `length` of them are kept; a page that is cut goes back to the ring.
@@ -48,7 +48,7 @@ inline State state_after(const AppendArgs& a) {
   const State& before = *a.store.state;
   const int64_t length = a.start >= 0 ? a.start : before.length, end = length + a.count;
   int64_t packed = before.packed;
-  if (length < before.length) packed = std::min(packed, std::max<int64_t>(0, length - f.sink_tokens) / PAGE * PAGE);
+  if (length < before.length) packed = std::min(packed, std::max<int64_t>(0, length - f.sink_tokens) / f.block_tokens * f.block_tokens);
   return {end, packed_tokens(end, packed, f), f.keep == KEEP_ALL ? before.begin : std::max(before.begin, end - f.keep)};
 }
 

@@ -248,9 +248,11 @@ struct Tile {
   }
 
   void load_mask(int64_t q_head, int64_t row, int64_t t, int tokens) {
-    const char* p = mask->data + b * mask->batch + q_head * mask->head + row * mask->row + (t - k.begin) * mask->column;
-    for (int i = 0; i < tokens; ++i, p += mask->column)
+    const char* first = mask->data + b * mask->batch + q_head * mask->head + row * mask->row - k.begin * mask->column;
+    for (int i = 0; i < tokens; ++i) {
+      const char* p = first + (k.places ? k.position(b, h, t + i) : t + i) * mask->column;
       added[i] = mask->dtype == BOOL ? (*p ? 0.0f : -INFINITY) : scalar_to_float(p, mask->dtype);
+    }
   }
 
   // Scores to weights e**(s - top), running maximum and sum; rescales `out` where the maximum rose. If the values lie in

@@ -98,7 +98,8 @@ def _library(text):
 
 
 def to_numpy(x):
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+    """Row-contiguous, as MLX makes a kernel's inputs."""
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, order="C")
 
 
 def from_numpy(x, dtype):

@@ -187,7 +187,7 @@ def test_what_a_packed_cache_cannot_do_says_so() -> None:
     for options, message in (
         ({"fold_values": True}, "fold_values is an option of the torch backend alone"),
         ({"strategy": "evict"}, "strategy is an option of the torch backend alone; got 'evict'"),
-        ({"provider": "triton"}, "provider must be one of auto, reference for MLX; got 'triton'"),
+        ({"provider": "triton"}, "provider must be auto or reference, what MLX's default device runs; got 'triton'"),
         ({"bits": 3}, "unknown option 'bits'"),
         ({"preset": "tiny"}, "preset must be one of"),
     ):

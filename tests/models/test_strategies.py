@@ -15,8 +15,14 @@ from tqc.cache.io import cache_bytes
 from tqc.ops import planes
 from tqc.passes.plan import FUSE, PACK
 
-EVICT = {"strategy": "evict", "residual_window": 96, "scorer_kwargs": {"queries": 8}}
-TIERED = {"strategy": "tiered", "tiers": "1x8+2x8/4", "residual_window": 160, "scorer_kwargs": {"queries": 8}}
+EVICT = {"strategy": "evict", "scorer": "snapkv", "residual_window": 96, "scorer_kwargs": {"queries": 8}}
+TIERED = {
+    "strategy": "tiered",
+    "scorer": "snapkv",
+    "tiers": "1x8+2x8/4",
+    "residual_window": 160,
+    "scorer_kwargs": {"queries": 8},
+}
 WHOLE = {"strategy": "tiered", "tiers": "1x8+1x8/2", "residual_window": 96, "scorer": "knorm"}
 TEXT = prompt(length=400)
 STRATEGIES = {"evict": EVICT, "tiered": TIERED, "whole": WHOLE}

@@ -218,13 +218,13 @@ def evicted(pages: Tensor, state: Tensor, columns: int, fmt: PackedFormat) -> Te
     return gone
 
 
-def remember(dense: Tensor, stored: int, query: Tensor, state_rows: Tensor, fmt: PackedFormat) -> None:
+def remember(dense: Tensor, stored: int, query: Tensor, state_rows: Tensor | None, fmt: PackedFormat) -> None:
     """Write what the scorer of a cache's groups needs later into `dense` of its keys: the last queries, and its state.
 
     Args:
         stored: how many tokens there were before those of `query`.
         query: [batch, query_heads, n, head_dim].
-        state_rows: [batch, heads, state_rows, head_dim].
+        state_rows: [batch, heads, state_rows, head_dim]; None where it stays.
     """
     groups = fmt.groups
     assert groups
@@ -235,7 +235,8 @@ def remember(dense: Tensor, stored: int, query: Tensor, state_rows: Tensor, fmt:
         at = torch.arange(stored + query.shape[2] - count, stored + query.shape[2], device=dense.device)
         ring = dense[:, :, first : first + groups.repeats * groups.queries].unflatten(2, (groups.repeats, -1))
         ring[:, :, :, at % groups.queries] = recent.to(dense.dtype)
-    dense[:, :, first + groups.repeats * groups.queries : fmt.dense_rows] = state_rows
+    if state_rows is not None:
+        dense[:, :, first + groups.repeats * groups.queries : fmt.dense_rows] = state_rows
 
 
 @without_autocast

@@ -17,6 +17,8 @@ class ExpectedAttention(Scorer):
 
     The paper takes mean and covariance of queries before the rotary embedding and turns them ahead. Here they are of
     the last `queries` as they came, with the variance of each channel alone, and shared by the query heads of a head.
+
+    Loses retrieval: of 16 hidden numbers none is found when half is evicted (uniform 2 bits, as large: 5).
     """
 
     name: ClassVar[str] = "expected_attention"

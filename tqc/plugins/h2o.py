@@ -12,7 +12,10 @@ from tqc.plugins.scorer import Scorer, Span
 
 @dataclass(frozen=True)
 class H2O(Scorer):
-    """Attention to a token, summed over the queries while it was in the window, of which the last `queries` count."""
+    """Attention to a token, summed over the queries while it was in the window, of which the last `queries` count.
+
+    Loses retrieval: of 16 hidden numbers none is found when half is evicted (uniform 2 bits, as large: 5).
+    """
 
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O (arXiv 2306.14048)"

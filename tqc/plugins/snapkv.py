@@ -16,7 +16,8 @@ class SnapKV(Scorer):
     """Attention of the last `queries` queries to a token, summed, then the most of `kernel` neighbours; times the norm
     of its value if `by_value`.
 
-    Quick to keep what the text is about now, and quick to lose what nobody asks for yet.
+    Loses retrieval: what the text is about now stays, and of 16 hidden numbers none is found when half is evicted
+    (uniform 2 bits, as large: 5).
     """
 
     name: ClassVar[str] = "snapkv"
