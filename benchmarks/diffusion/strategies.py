@@ -167,6 +167,8 @@ def own_settings() -> list[tuple[str, str, dict[str, Any]]]:
             add("taylor", f"blocks, every {every}, order {order}", every=every, order=order, blocks=True)
         for threshold in (0.2, 0.4, 0.8):
             add("first_block", f"threshold {threshold}, order {order}", threshold=threshold, order=order)
+    for every in (2, 3, 4, 5, 6):
+        add("taylor", f"blocks, warmup 2, every {every}", every=every, warmup=2, blocks=True)
     add("first_block", "threshold 0.2, order 0", threshold=0.2)
     for every in (2, 3, 4):
         add("share", f"every {every}", every=every)
