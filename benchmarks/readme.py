@@ -170,6 +170,15 @@ _TQAI_NMSE = [
         for name in ("Qwen 0.5B", "Qwen 3B", "Qwen 7B", "Gemma 2B", "Gemma 7B", "Llama 8B", "WAN 5B")
     ),
 ]
+_CODEBOOKS = [
+    ("model", "model", ""),
+    ("of", "of", ""),
+    ("bits", "bits", ""),
+    ("solver", "solver", ""),
+    ("train_error", "error, first half", ".4f"),
+    ("error", "second half", ".4f"),
+    ("attention_kl", "KL of attention", ".4f"),
+]
 _TOKEN_DIFFERENCES = [
     ("configuration", "", ""),
     ("order_none", "coded as it is", ".4f"),
@@ -212,6 +221,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "generate": Table("Decoding, float32, default preset, against Inductor with a dense DynamicCache", _GENERATE),
         "generate_peers": Table("Decoding, beside others on the CPU", _GENERATE_PEERS),
         "first_token": Table("From the command `tqc run` to its first token", _FIRST_TOKEN),
+        "codebooks": Table("Solvers of codebooks on keys and values of real models", _CODEBOOKS),
         "attention": Table("Decode attention, the least time of a call", _ATTENTION),
     },
     "docs/models.md": {

@@ -151,7 +151,7 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"provider must be {' or '.join(allowed)}, what MLX's default device runs; got {config.provider!r}"
         )
-    for name in ("fold_values", "cuda_graphs", "strategy"):
+    for name in ("fold_values", "cuda_graphs", "strategy", "monitor"):
         if value := getattr(config, name):
             raise ValueError(f"{name} is an option of the torch backend alone; got {value!r}")
 

@@ -46,6 +46,13 @@ def call(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
         (["run", "x", "--widths", "LATIN"], ["--widths", "latin.txt", "holds no widths"]),
         (["run", "x", "--widths", "LATIN", "--bits-k", "3"], ["--bits-k", "--widths", "cannot both"]),
         (["explain", "--budget-bits", "3"], ["--budget-bits", "--widths", "3"]),
+        (["run", "x", "--strategy", "tiered", "--tiers", "1x4"], ["--tiers", "1x4+2x2/4"]),
+        (["run", "x", "--strategy", "evict", "--scorer-kwargs", "queries"], ["--scorer-kwargs", "name=value"]),
+        (["run", "x", "--strategy", "evict", "--scorer-kwargs", "dekay=4"], ["dekay", "decay"]),
+        (["eval", "--monitor", "fidelty"], ["--monitor", "fidelity"]),
+        (["run", "x", "--config", "./missing"], ["--config", "./missing", "No such file"]),
+        (["run", "x", "--config", "LATIN"], ["--config", "tqc search"]),
+        (["search", "-o", "./missing/file"], ["--out", "./missing/file", "no such folder"]),
         (["calibrate"], ["--out"]),
         (["calibrate", "-o", "./missing/file"], ["--out", "./missing/file", "no such folder"]),
         (["calibrate", "-o", "file", "--widths", "4..2"], ["--widths", "4..2", "1 to 8"]),
@@ -167,13 +174,25 @@ def test_byte_counts_are_readable() -> None:
 
 @pytest.mark.slow
 def test_run_prints_text_on_stdout_and_figures_on_stderr(tiny_model_folder: Path, monkeypatch, capsys) -> None:
-    args = ["run", "the cache is", "-m", str(tiny_model_folder), "--max-tokens", "5"]
+    args = ["run", "the cache is", "-m", str(tiny_model_folder), "--max-tokens", "5", "--monitor", "fidelity"]
     code, out, err = call(monkeypatch, capsys, *args)
     assert code == 0 and len(out.split()) == 5
-    assert "first token after" in err and "cache" in err
+    assert "first token after" in err and "cache" in err and "fidelity() at head 0" in err
     code, out, _ = call(monkeypatch, capsys, *args, "--json")
     result = json.loads(out)
     assert code == 0 and result["new_tokens"] == 5 and result["prompt_tokens"] == 3
+    assert "nothing wrong" in result["monitor"]
+
+
+@pytest.mark.extended
+def test_search_writes_options_that_other_commands_take(tiny_model_folder: Path, tmp_path, monkeypatch, capsys) -> None:
+    file = tmp_path / "best.json"
+    args = ["search", "-m", str(tiny_model_folder), "-o", str(file), "--budget-bits", "9", "--tokens", "300"]
+    code, out, _ = call(monkeypatch, capsys, *args, "--trials", "4", "--json")
+    found = json.loads(out)
+    assert code == 0 and found == json.loads(file.read_text()) and found["bits_4096"] <= 9 and found["ms"] > 0
+    args = ["run", "the cache is", "-m", str(tiny_model_folder), "--max-tokens", "3", "--config", str(file)]
+    assert call(monkeypatch, capsys, *args)[0] == 0
 
 
 @pytest.mark.slow

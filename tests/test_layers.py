@@ -22,14 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "widths": set(),
     "plugins": set(),
     "strategies": {"format", "plugins"},
-    "config": {"format", "strategies", "widths"},
+    "config": {"format", "plugins", "strategies", "widths"},
     "ops": {"format", "plugins", "torch_private"},
     "passes": {"format", "config", "ops", "torch_private"},
     "mlx_trace": {"format", "config", "ops", "passes", "lowering", "cache", "report", "torch_private"},
     "caches": {"cache", "mlx_trace"},
     "lowering": {"format", "ops", "cache_folder", "torch_private"},
-    "cache": {"format", "config", "ops", "torch_private"},
-    "execute": {"format", "ops", "lowering", "cache", "torch_private"},
+    "cache": {"format", "plugins", "config", "ops", "torch_private"},
+    "execute": {"format", "plugins", "ops", "lowering", "cache", "torch_private"},
     "report": {"passes"},
     "inner_models": {"torch_private"},
     "recompiles": {"torch_private"},
@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"cache", "format", "config", "ops", "passes", "lowering", "backend", "torch_private"},
     "tqc": {"config", "cache", "caches", "explainer", "export", "mlx_trace", "diffusion"},
     "models": {"cache_folder", "mlx_trace"},
-    "evaluate": {"format", "config", "widths", "cache", "export"},
+    "evaluate": {"format", "plugins", "strategies", "config", "widths", "cache", "export"},
     "cli": {
         *("tqc", "config", "plugins", "widths", "lowering", "diffusion", "evaluate", "export", "models"),
         *("cache_folder", "torch_private"),
@@ -68,7 +68,7 @@ PRIVATE_ALLOWED = {
 
 OPTIONAL = {
     *("triton", "transformers", "tokenizers", "mlx", "mlx_lm", "onnx", "onnxscript", "onnxruntime", "diffusers"),
-    *("gguf", "accelerate", "matplotlib", "huggingface_hub"),
+    *("gguf", "accelerate", "matplotlib", "huggingface_hub", "optuna", "cma"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqc.cache.packed_tensor import PackedTensor
+    from tqc.cache.watch import monitor
     from tqc.caches import cache_bytes, load_cache, save_cache
     from tqc.config import PRESETS, Config
     from tqc.diffusion.make_plan import plan
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "load_cache",
+    "monitor",
     "optimize_vae_memory",
     "patch_mps_compatibility",
     "plan",
@@ -54,6 +56,7 @@ _HOME = {
     "optimize_vae_memory": "diffusion.vae",
     "patch_mps_compatibility": "diffusion.vae",
     "load_cache": "caches",
+    "monitor": "cache.watch",
     "save_cache": "caches",
     "explain": "explainer",
     "export_onnx": "export.onnx",

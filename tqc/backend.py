@@ -18,6 +18,7 @@ from tqc.config import Config
 from tqc.execute import cuda_graphs
 from tqc.execute.realize import realize
 from tqc.execute.split_graph import SplitGraph
+from tqc.execute.watch import watch
 from tqc.lowering.select import named
 from tqc.ops import Op, PackedValue, example, set_example
 from tqc.ops.effects import written
@@ -61,6 +62,10 @@ def tqai(
     for layer, (name, refusals) in realize(gm, config.provider).items():
         plan.sites[layer].kernel = name
         plan.sites[layer].notes += refusals
+    if config.watcher:
+        site = watch(gm, config.watcher, [site.layer for site in plan.sites])
+        if site is not None:
+            plan.sites[site].notes.append(f"watched by monitor {config.watcher.name}")
     reason = cuda_graphs.why_not(gm) if config.cuda_graphs else None
     recorded = config.cuda_graphs and reason is None
     graph = SplitGraph(gm, config.rest, at_once=recorded)

@@ -14,7 +14,8 @@ import torch
 
 from tqc.format import PackedFormat
 from tqc.format.rotation import ROTATIONS
-from tqc.strategies import TIERED, Strategy, make_strategy
+from tqc.plugins.monitor import Monitor
+from tqc.strategies import TIERED, Strategy, make_monitor, make_strategy
 from tqc.widths import Widths
 
 OFF = 16
@@ -59,6 +60,8 @@ class Config:
         keep: for "evict", 1/2 if None; a share of whole pages, as 1/4 or 3/8.
         tiers: for "tiered", pages and bits of each tier, as "1x4+2x2/4": of each four pages' worth of tokens one page
             of 4 bits, two of 2 bits, the rest evicted. `budget_bits` chooses them by code bits otherwise.
+        monitor: a plugin that watches one head while the model generates, as "fidelity" or "fidelity(head=1,every=8)";
+            `tqc.monitor(cache)` says what it saw.
         provider: which kernels: "auto", or one that must be used ("reference", "cpu", "triton").
         cuda_graphs: record steps whose caches are preallocated as CUDA graphs and replay them; it is what
             `mode="reduce-overhead"` sets (`tqc.explain` says what was not recorded, and why).
@@ -81,6 +84,7 @@ class Config:
     scorer_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     keep: float | None = None
     tiers: str | None = None
+    monitor: str | None = None
     provider: str = "auto"
     cuda_graphs: bool = False
     rest: str = "inductor"
@@ -108,6 +112,8 @@ class Config:
         if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in self.skip_layers):
             raise TypeError(f"skip_layers must be integers, got {self.skip_layers!r}")
         self._settle_widths()
+        if self.watcher and self.off:
+            raise ValueError(f"monitor {self.monitor!r} is for packed caches, and the cache is left dense")
         if self.groups and self.off:
             raise ValueError(f"strategy {self.strategy!r} is for packed caches, and the cache is left dense")
         if not self.off:
@@ -135,6 +141,11 @@ class Config:
     def groups(self) -> Strategy | None:
         """The strategy with its scorer; None where all tokens are kept alike."""
         return make_strategy(self.strategy, self.scorer, self.scorer_kwargs, self.keep, self.tiers, self.budget_bits)
+
+    @functools.cached_property
+    def watcher(self) -> Monitor | None:
+        """The monitor; None where nothing is watched."""
+        return make_monitor(self.monitor)
 
     @property
     def off(self) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from tqc.format.groups import MAX_GROUP, PAGE_TOKENS, Groups
 from tqc.plugins import make
-from tqc.plugins.plugin import nearest
+from tqc.plugins.monitor import Monitor
+from tqc.plugins.plugin import nearest, parse
 from tqc.plugins.scorer import Scorer
 
 EVICT, TIERED = "evict", "tiered"
@@ -96,6 +97,16 @@ def make_strategy(
     if tiers is not None and budget_bits is not None:
         raise ValueError(f"tiers and budget_bits cannot both be given: tiers {tiers!r} have their bits")
     return Strategy(TIERED, *_parse(tiers if tiers is not None else _affordable(budget_bits)), made)
+
+
+def make_monitor(text: Any) -> Monitor | None:
+    """The monitor that the option names, with parameters in parentheses or none. Raises ValueError, TypeError."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise TypeError(f"monitor must be a name as 'fidelity' or 'fidelity(head=1)'; got {text!r}")
+    name, parameters = parse(text) if "(" in text else (text, {})
+    return cast(Monitor, make(Monitor.kind, name, parameters))
 
 
 def _share(keep: Any) -> tuple[int, int]:

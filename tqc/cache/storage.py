@@ -37,11 +37,15 @@ class Storage:
 
     Attributes:
         codes: the bytes of `pages` as dynamo sees them, [batch, heads, bytes]: 0 or 1 pages would be constants to it.
+        watch: what a monitor keeps of it (`tqc.cache.watch`); a copy has none.
     """
 
     _pages: Tensor | None
     codes: Tensor
-    __slots__ = ("_pages", "codes", "_dense", "state", "fmt", "_length", "_packed", "_begin", "_readers", "__weakref__")
+    __slots__ = (
+        *("_pages", "codes", "_dense", "state", "fmt", "watch"),
+        *("_length", "_packed", "_begin", "_readers", "__weakref__"),
+    )
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Storage:
         self.fmt, self.state = fmt, state
         self.pages, self.dense = pages, dense
         self._length, self._packed, self._begin = length, packed, begin
+        self.watch: Any = None
         self._readers: list[tuple[weakref.ref[Any], int]] = []  # and where what each reads ends
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `plan`, `plugins`, `export` and `info`.
+"""The command line: `tqc run`, `compare`, `explain`, `eval`, `calibrate`, `search`, `plan`, `plugins`, `export`...
 
 torch and transformers take seconds to import, so each command imports what it needs; `tqc --help` needs neither.
 """
@@ -30,22 +30,27 @@ from tqc.cli.options import (
     BitsK,
     BitsV,
     BudgetBits,
+    Config,
     Dtype,
     Json,
     Keep,
     MaxTokens,
     Model,
+    Monitor,
     Preset,
     Prompt,
     ResidualWindow,
     Scorer,
+    ScorerKwargs,
     SinkTokens,
     SkipLayers,
     Strategy,
+    Tiers,
     Widths,
 )
 from tqc.cli.plan import plan
 from tqc.cli.quality import calibrate, evaluate
+from tqc.cli.search import search
 
 app = typer.Typer(
     add_completion=False,
@@ -92,6 +97,10 @@ def run(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Compile with Inductor alone: no compression.")] = False,
@@ -100,8 +109,12 @@ def run(
 ) -> None:
     """Generate text through a compressed cache."""
     options = given_options(
-        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
-        *(strategy, scorer, keep, skip_layers),
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits, strategy, scorer, keep),
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     if dense and options:
         raise BadInput(f"--dense compresses nothing, so it takes no {flag(next(iter(options)))}")
@@ -148,6 +161,10 @@ def compare(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     max_tokens: MaxTokens = 200,
     dtype: Dtype = "auto",
     backend: Backend = "torch",
@@ -155,8 +172,12 @@ def compare(
 ) -> None:
     """Generate with a dense and a compressed cache, and say how they differ."""
     options = given_options(
-        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits),
-        *(strategy, scorer, keep, skip_layers),
+        *(bits_k, bits_v, preset, sink_tokens, residual_window, widths, budget_bits, strategy, scorer, keep),
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     with status_of("loading the model") as status:
         loaded, tokenizer, inputs = load_with_prompt(model, dtype, prompt, backend)
@@ -183,6 +204,10 @@ def explain(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     dtype: Dtype = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Also the graphs as text, before the passes and behind each.")
@@ -192,7 +217,16 @@ def explain(
 ) -> None:
     """Say which caches of a model get packed, with which kernels, and why others stay dense."""
     options = given_options(
-        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+        widths=widths,
+        budget_bits=budget_bits,
+        strategy=strategy,
+        scorer=scorer,
+        keep=keep,
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     with status_of("loading the model") as status:
         loaded, _, inputs = load_with_prompt(model, dtype, prompt, backend)
@@ -213,6 +247,8 @@ def explain(
 
 app.command("eval")(evaluate)
 app.command()(calibrate)
+app.command("benchmark", help="The same as `tqc eval`, by tqai's name for it; --html writes a report.")(evaluate)
+app.command()(search)
 app.command()(plan)
 
 

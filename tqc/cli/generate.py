@@ -27,6 +27,7 @@ class Generation:
             count; None if there is only one.
         cache_bytes: every byte that the cache holds at the end.
         logits: float32 [len(tokens), vocabulary].
+        watched: what the option `monitor` saw; None without it.
     """
 
     tokens: list[int]
@@ -37,6 +38,7 @@ class Generation:
     tokens_per_s: float | None
     cache_bytes: int
     logits: Tensor
+    watched: str | None = None
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class Generation:
             tokens_per_s=1 / statistics.median(steps) if steps else None,
             cache_bytes=tqc.cache_bytes(cache),
             logits=torch.cat(list(logits)).float(),
+            watched=_watched(cache),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +76,17 @@ class Generation:
             "total_s": self.total_s,
             "tokens_per_s": self.tokens_per_s,
             "cache_bytes": self.cache_bytes,
+            **({"monitor": self.watched} if self.watched else {}),
         }
+
+
+def _watched(cache: Any) -> str | None:
+    import tqc
+
+    try:
+        return str(tqc.monitor(cache))
+    except ValueError:  # nothing watched it
+        return None
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +33,10 @@ def given_options(
     scorer: str | None = None,
     keep: float | None = None,
     skip_layers: str | None = None,
+    tiers: str | None = None,
+    scorer_kwargs: str | None = None,
+    monitor: str | None = None,
+    config: str | None = None,
 ) -> dict[str, Any]:
     """The backend's options that were given, checked before anything slow starts."""
     given = {
@@ -45,8 +51,11 @@ def given_options(
         "scorer": scorer,
         "keep": keep,
         "skip_layers": None if skip_layers is None else _layers(skip_layers),
+        "tiers": tiers,
+        "scorer_kwargs": None if scorer_kwargs is None else _parameters(scorer_kwargs),
+        "monitor": monitor,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options = _of_file(config) | {name: value for name, value in given.items() if value is not None}
     from tqc.config import Config
     from tqc.widths import WidthsFileError
 
@@ -60,6 +69,30 @@ def given_options(
             message = re.sub(rf"(?<![\w./'-]){name}(?![\w./-])", flag(name), message)
         raise BadInput(message) from None
     return options
+
+
+def _of_file(config: str | None) -> dict[str, Any]:
+    """The options of the best trial that `tqc search` wrote."""
+    if config is None:
+        return {}
+    try:
+        found = json.loads(Path(config).read_text("utf-8"))["options"]
+        assert isinstance(found, dict)
+    except OSError as error:
+        raise BadInput(f"--config {config!r} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise BadInput(
+            f"--config {config!r} is no file of `tqc search`: it must hold a JSON object `options`"
+        ) from None
+    return found
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        parts = [part.split("=", 1) for part in text.split(",")]
+        return {name.strip(): ast.literal_eval(value.strip()) for name, value in parts}
+    except (ValueError, SyntaxError):
+        raise BadInput(f"--scorer-kwargs must read as name=value,name=value, as queries=16; got {text!r}") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -67,6 +67,19 @@ Strategy = Annotated[
     ),
 ]
 Scorer = Annotated[str | None, typer.Option(help="With --strategy: which tokens stay (see `tqc plugins`).")]
+ScorerKwargs = Annotated[
+    str | None, typer.Option(metavar="NAME=VALUE,...", help="Parameters of --scorer, as ema_decay=0.95.")
+]
+Tiers = Annotated[
+    str | None,
+    typer.Option(help="With --strategy tiered: pages and bits of each tier, as 1x4+2x2/4; the rest evicted."),
+]
+Monitor = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Watch one head meanwhile: fidelity, stability, lyapunov.")
+]
+Config = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Options from `tqc search`; others that are given override them.")
+]
 Keep = Annotated[float | None, typer.Option(help="With --strategy evict: the share of tokens that stays.")]
 SkipLayers = Annotated[str | None, typer.Option(metavar="N,N", help="Layers whose cache stays dense, as 0,1,-1.")]
 MaxTokens = Annotated[int, count("Most tokens to generate.", positive)]

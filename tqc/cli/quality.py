@@ -12,14 +12,18 @@ from tqc.cli.console import status_of, stderr
 from tqc.cli.inputs import BadInput, fitting_widths, given_options, load, text_of
 from tqc.cli.options import (
     BudgetBits,
+    Config,
     Dtype,
     EvalBackend,
     Json,
     Keep,
     Model,
+    Monitor,
     Scorer,
+    ScorerKwargs,
     SkipLayers,
     Strategy,
+    Tiers,
     Widths,
     bits_range,
     count,
@@ -41,11 +45,16 @@ def evaluate(
     scorer: Scorer = None,
     keep: Keep = None,
     skip_layers: SkipLayers = None,
+    tiers: Tiers = None,
+    scorer_kwargs: ScorerKwargs = None,
+    monitor: Monitor = None,
+    config: Config = None,
     text: Annotated[str | None, typer.Option(help="File to decode; Python's own documentation if absent.")] = None,
     tokens: Annotated[int, count("How many tokens of it.", positive)] = 2048,
     numbers: Annotated[int, count("How many numbers are hidden in it and asked for.")] = 8,
     peers: Annotated[bool, typer.Option("--peers", help="Also caches of other projects that are installed.")] = False,
     plot: Annotated[str | None, typer.Option(help="PNG to draw both losses over bits into.")] = None,
+    html: Annotated[str | None, typer.Option(help="File for a report with its pictures in it.")] = None,
     dtype: Dtype = "auto",
     backend: EvalBackend = "torch",
     as_json: Json = False,
@@ -60,7 +69,16 @@ def evaluate(
     from tqc.evaluate.evaluation import parse_setting
 
     calibrated = given_options(
-        widths=widths, budget_bits=budget_bits, strategy=strategy, scorer=scorer, keep=keep, skip_layers=skip_layers
+        widths=widths,
+        budget_bits=budget_bits,
+        strategy=strategy,
+        scorer=scorer,
+        keep=keep,
+        skip_layers=skip_layers,
+        tiers=tiers,
+        scorer_kwargs=scorer_kwargs,
+        monitor=monitor,
+        config=config,
     )
     compared: list[str | dict[str, Any]] = [*(settings or [name for name in PRESETS if name != "off"])]
     try:
@@ -70,8 +88,9 @@ def evaluate(
         raise BadInput(str(error)) from None
     content = text_of(text)
     compared += [calibrated] if calibrated else []
-    if plot and not Path(plot).parent.is_dir():
-        raise BadInput(f"--plot {plot!r} cannot be written: no such folder")
+    for option, file in (("plot", plot), ("html", html)):
+        if file and not Path(file).parent.is_dir():
+            raise BadInput(f"--{option} {file!r} cannot be written: no such folder")
     results = []
     try:
         for given in model or ():  # before the first takes minutes
@@ -113,6 +132,16 @@ def evaluate(
             draw(results, plot)
         except (OSError, ValueError) as error:
             raise BadInput(f"--plot {plot!r} cannot be written: {error}") from None
+    if html:
+        from tqc.cli.info import describe
+        from tqc.evaluate.report import html as report
+
+        try:
+            facts = describe()
+            about = {name: facts[name] for name in ("python", "platform")} | facts["packages"]
+            Path(html).write_text(report(results, about), "utf-8")
+        except (OSError, ImportError) as error:
+            raise BadInput(f"--html {html!r} cannot be written: {error}") from None
 
 
 def calibrate(

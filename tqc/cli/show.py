@@ -20,6 +20,7 @@ def summary(result: Generation) -> str:
     return (
         f"first token after {result.first_token_s:.1f} s, {count} tokens in {result.total_s:.1f} s{speed}, "
         f"cache {readable_bytes(result.cache_bytes)} for {result.prompt_tokens + count} tokens"
+        + (f"\n{result.watched}" if result.watched else "")
     )
 
 

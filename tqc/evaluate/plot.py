@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from tqc.evaluate.decode import BITS_LENGTH
 from tqc.evaluate.evaluation import DENSE, OURS, PEER, Evaluation
 
 
-def plot(evaluations: Sequence[Evaluation], path: str | os.PathLike[str]) -> None:
+def plot(evaluations: Sequence[Evaluation], path: str | os.PathLike[str] | IO[bytes]) -> None:
     """Draw mean KL and the NLL of hidden numbers over all-in bits at 4,096 tokens as a PNG, a column of panels a model.
 
     Raises:

@@ -131,6 +131,7 @@ class _Realizer:
             scores = {part for store in stored for part in _scored(store)}
             call = self.call(node, AttendExtend(*how), a["query"], *new, a["keys"], a["values"], *rest)
             set_example(call, (example(node), *map(example, stored)))
+            call.meta |= {name: node.meta[name] for name in ("layer", "formats") if name in node.meta}
             self.result(call, 0, node)
             for index, store in enumerate(stored, 1):
                 self.result(call, index, store)

@@ -84,8 +84,9 @@ def export_onnx(
         config = Config.from_options({**({"preset": preset} if preset else {}), **options})
     elif options or preset:
         raise ExportError(f"compress=False leaves all caches dense, so it takes no {next(iter(options), 'preset')}")
-    if config.strategy is not None:
-        raise ExportError(f"strategy is an option of the torch backend alone; got {config.strategy!r}")
+    for name in ("strategy", "monitor"):
+        if (value := getattr(config, name)) is not None:
+            raise ExportError(f"{name} is an option of the torch backend alone; got {value!r}")
     say("tracing")
     captured = capture(model, config)
     if captured.plan:
@@ -203,7 +204,10 @@ def _save(exported: Any, step: Any, folder: Path, inline: bool, metadata: dict[s
     import onnx
     import onnx_ir
 
+    from tqc.export.repeat import expand
+
     model = exported.model
+    expand(model)
     for function in step.realized.functions.values():
         made = onnx_ir.serde.deserialize_function(function)
         model.functions[made.identifier()] = made
