@@ -36,7 +36,10 @@ def new_layer(kind: str, numbers: Mapping[str, int]) -> Any:
     sizes = {name: numbers[name] for name in ("sliding_window", "max_cache_len") if name in numbers}
     if kind == "StaticSlidingWindowLayer":
         sizes["sliding_window"] = numbers["max_cache_len"]
-    return getattr(importlib.import_module("transformers.cache_utils"), kind)(**sizes)
+    layer = getattr(importlib.import_module("transformers.cache_utils"), kind)(**sizes)
+    if kind == "StaticSlidingWindowLayer" and hasattr(layer, "_is_croppable"):
+        layer._is_croppable = False  # since 5.24; the layer's own sizes do not tell whether its window is all there is
+    return layer
 
 
 @cache
