@@ -145,10 +145,7 @@ def main() -> None:
                 print(row, flush=True)
                 rows.append(row)
         if not given.quick:
-            notes = [
-                "bytes; float16; weights are not part of peaks; cache_bytes at so many tokens, room for more behind "
-                "some tokens of decoding"
-            ]
+            notes = ["bytes, float16, weights left out; room for more is a few tokens later"]
             envelope.write("mlx_memory", rows, notes, packages)
 
 

@@ -34,7 +34,7 @@ _PURE_METHODS = {
         "where",
         "flatten",
     ),
-    *("maximum", "clamp", "clamp_min", "clone", "add", "sub", "mul", "div", "tanh", "swapaxes", "swapdims"),
+    *("maximum", "clamp", "clamp_min", "clone", "roll", "add", "sub", "mul", "div", "tanh", "swapaxes", "swapdims"),
 }
 _PURE_FUNCTIONS = {
     getattr,
@@ -75,6 +75,7 @@ _PURE_FUNCTIONS = {
     torch.permute,
     torch.flatten,
     torch.clone,
+    torch.roll,
     torch.softmax,
     torch.dropout,
     FLEX,

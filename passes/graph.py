@@ -105,7 +105,7 @@ _ARITHMETIC = {
     *(torch.add, torch.sub, torch.mul, torch.div, torch.matmul, torch.bmm, torch.baddbmm),
     *("add", "sub", "mul", "div", "matmul", "bmm", "baddbmm", "masked_fill"),
     *(torch.masked_fill, torch.where, "where", torch.tanh, "tanh", torch.einsum),
-    *(torch.max, torch.maximum, torch.clamp, "max", "maximum", "clamp", "clamp_min"),
+    *(torch.max, torch.maximum, torch.clamp, "max", "maximum", "clamp", "clamp_min", torch.roll, "roll"),
 }
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _VIEWS = {

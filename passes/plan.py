@@ -13,14 +13,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tqc.config import Config, cacheable_dtype
 from tqc.format import PackedFormat
 from tqc.ops import TENSORS, example
-from tqc.ops import attention as attention_function
 from tqc.passes.finders.attention import find_attention
-from tqc.passes.finders.cache import CacheWrite, find_cache, find_latents, find_write, has_cache
-from tqc.passes.finders.products import find_product
+from tqc.passes.finders.cache import find_cache, find_latents, find_write, has_cache
+from tqc.passes.finders.cache_write import CacheWrite
+from tqc.passes.finders.preallocated import tokens, why_not_preallocated, why_not_slid
 from tqc.passes.finders.projections import Projection, find_output_projection, find_value_projection
-from tqc.passes.finders.sdpa import SDPA
 from tqc.passes.finders.site import Attention
-from tqc.passes.graph import calls, layer_numbers, model_name, rearranges, writers
+from tqc.passes.graph import calls, layer_numbers, model_name, writers
 
 # What becomes of a site.
 FUSE = "fuse"  # attention reads the packed cache, new tokens are appended
@@ -179,8 +178,8 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
             return
     assert isinstance(key, CacheWrite) and isinstance(val, CacheWrite)
     site.key, site.value = key, val
-    alike = [(write.kind, write.packed, write.positions, write.prefix, write.keep) for write in (key, val)]
-    if alike[0] != alike[1]:
+    names = ("kind", "packed", "positions", "prefix", "keep", "begin", "end")
+    if any(getattr(key, name) != getattr(val, name) for name in names):
         site.reason = "keys and values are cached in different ways"
         return
     if key.node is val.node:
@@ -189,11 +188,18 @@ def _decide(site: Site, config: Config, outputs: set[Node]) -> None:
     if computed and key.keep is not None:
         site.reason = computed
         return
+    if key.kind == "slide" and (reason := why_not_slid(site.attention, key, val)):
+        site.reason = reason
+        return
 
-    if key.packed:
-        site.k_fmt, site.v_fmt = example(key.past).fmt, example(val.past).fmt
+    fmts = [example(write.past).fmt for write in (key, val)] if key.packed else []
+    if fmts:
+        site.k_fmt, site.v_fmt = (replace(fmt, keep=key.keep) for fmt in fmts) if key.kind == "slide" else fmts
+    if fmts and key.starts_anew:
+        action = PACK
+    elif fmts:
         site.reason = "" if computed else _why_not_fused(site) or ""
-        if site.k_fmt.groups and (computed or site.reason):
+        if fmts[0].groups and (computed or site.reason):
             raise NotImplementedError(f"{site.attention.name}: {computed or site.reason}; it {EVICTED}")
         action = READ if computed else FUSE
     else:
@@ -256,7 +262,7 @@ def _why_not_packed(site: Site, config: Config, outputs: set[Node]) -> str | Non
             return f"the concatenated {name} leave the graph for another device (an offloaded cache)"
         if write.kind == "grow" and write.leaves not in outputs:
             return _what_leaves(write.node, name)
-        if write.kind == "write" and write.allocated_here and write.node not in outputs:
+        if write.kind in ("write", "slide") and write.allocated_here and not outputs & {write.past, write.operation}:
             return f"the {name} are written into a tensor that does not leave the graph"
         if write.kind == "write" and write.allocated_here and not write.counted and example(write.new).shape[2] != 1:
             return f"the positions of new {name} are not known to be consecutive"
@@ -266,7 +272,7 @@ def _why_not_packed(site: Site, config: Config, outputs: set[Node]) -> str | Non
         if int(new.shape[-1]) % 8:
             return f"the head_dim of the {name} is {new.shape[-1]}, not a multiple of 8"
     if site.key.kind == "write":
-        return _why_not_preallocated(site)
+        return why_not_preallocated(site.attention, site.key, site.value)
     return None
 
 
@@ -285,7 +291,7 @@ def _why_not_fused(site: Site) -> str | None:
     attention = site.attention
     query, key = example(attention.query), example(attention.key)
     if site.key.kind == "grow" and site.k_fmt and site.key.keep != site.k_fmt.keep:
-        return f"the packed cache keeps {_tokens(site.k_fmt.keep)} and this call {_tokens(site.key.keep)}"
+        return f"the packed cache keeps {tokens(site.k_fmt.keep)} and this call {tokens(site.key.keep)}"
     if query.dim() == 4 and query.shape[0] != key.shape[0]:
         return f"queries are of batch {query.shape[0]} and keys of batch {key.shape[0]}"
     if attention.heads % key.shape[1]:
@@ -307,7 +313,7 @@ def _why_not_fused(site: Site) -> str | None:
     if site.key.kind == "write" and site.v_fmt and site.v_fmt.folded:
         return "the values of a preallocated cache are folded"
     if site.key.kind == "write":
-        return _why_not_preallocated(site)
+        return why_not_preallocated(site.attention, site.key, site.value)
     return None
 
 
@@ -327,70 +333,3 @@ def _why_not_grouped(site: Site) -> str | None:
     if attention.heads % int(example(key.new).shape[1]):
         return f"{attention.heads} query heads are not a multiple of {example(key.new).shape[1]} key heads"
     return None
-
-
-def _tokens(keep: int | None) -> str:
-    return "all tokens" if keep is None else f"{keep} tokens"
-
-
-def _why_not_preallocated(site: Site) -> str | None:
-    """Why a preallocated cache and its attention are not one of the two forms that are known.
-
-    Either attention reads the whole cache under a mask, or it reads just up to the new tokens.
-    """
-    assert site.key and site.value
-    key, masks = site.key, site.attention.masks
-    capacity = example(key.past).shape[2]
-    if key.allocated_here:
-        return None
-    if key.prefix is None:
-        tensors = [mask.node for mask in masks if mask.kind != "flex"]
-        if len(tensors) < len(masks):
-            return "flex_attention reads a preallocated cache"
-        if not any(statically_known_true(example(node).shape[-1] == capacity) for node in tensors):
-            return "attention reads a whole preallocated cache without a mask"
-    else:
-        first, count = example(key.positions), example(key.new).shape[2]
-        if isinstance(first, torch.Tensor) or not statically_known_true(example(key.prefix) == first + count):
-            return "attention reads a part of a preallocated cache that does not end with the new tokens"
-    if site.attention.is_causal:
-        return "is_causal over a preallocated cache is aligned to its start"
-    for write in (site.key, site.value):
-        assert write.past
-        if others := _other_readers(write, site):
-            return f"the preallocated cache is also read by {', '.join(node.name for node in others)}"
-    return None
-
-
-def _other_readers(write: CacheWrite, site: Site) -> list[Node]:
-    """Nodes that read a preallocated cache, other than its write and the way to the site's attention."""
-    assert write.past and write.operation
-    products = {site.attention.output} | _above(site.attention.output)
-    position = {node: index for index, node in enumerate(write.past.graph.nodes)}
-    return [
-        user
-        for source in (write.past, write.operation)
-        for user in source.users
-        if user is not write.operation
-        and isinstance(example(user), TENSORS)
-        and user.op != "output"
-        and not (position[user] > position[write.operation] and _leads_to(user, products))
-    ]
-
-
-def _leads_to(node: Node, products: set[Node]) -> bool:
-    """Whether `node` is one of the attention's products, or a rearrangement that only they read."""
-    if calls(node, *SDPA, attention_function) or find_product(node):
-        return node in products
-    users = [user for user in node.users if isinstance(example(user), TENSORS)]
-    return rearranges(node) and all(_leads_to(user, products) for user in users)
-
-
-def _above(node: Node, depth: int = 24) -> set[Node]:
-    """Nodes that `node` was computed from, a few steps up: the way from a cache to its attention."""
-    found: set[Node] = set()
-    edge = {node}
-    for _ in range(depth):
-        edge = {source for reader in edge for source in reader.all_input_nodes} - found
-        found |= edge
-    return found

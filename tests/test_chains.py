@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from tests.models.common import FAMILIES
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.execute import chains, split_graph
-from tqc.execute.instructions import AttendExtend, AttendWrite
+from tqc.execute.instructions import AttendExtend, AttendSlide, AttendWrite
 from tqc.lowering.cpu import PROVIDER
 from tqc.torch_private import entry_of
 
@@ -267,3 +267,38 @@ def test_a_wrapper_with_work_of_its_own_has_no_entry():
         current_callable = staticmethod(g)
 
     assert entry_of(Code()) is None
+
+
+@pytest.mark.extended
+def test_a_sliding_window_of_fixed_size_is_chained():
+    """It rolls on in a chain as its graph does in Python."""
+    graphs, make = [], split_graph.SplitGraph.__init__
+
+    def remember(graph, *args, **kwargs):
+        make(graph, *args, **kwargs)
+        graphs.append(graph)
+
+    torch._dynamo.reset()
+    model = FAMILIES["mistral"].build(num_hidden_layers=3)
+    model.compile(backend="tqai", options=OPTIONS)
+
+    def steps(chained):
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+        ids, logits = torch.cat([PROMPT, torch.arange(40)[None]], 1), []
+        with torch.no_grad():
+            for a, b in [(0, 90), *((at, at + 1) for at in range(90, 130))]:
+                for graph in graphs:
+                    for chain in graph.chains if not chained else ():
+                        chain.run = chain.module.forward
+                logits.append(model(ids[:, a:b], past_key_values=cache).logits)
+        return logits, [part for layer in cache.layers for part in (layer.keys.state, layer.keys.dequantize())]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_graph.SplitGraph, "__init__", remember)
+        logits, parts = steps(True)
+        found = [chain for graph in graphs for chain in graph.chains]
+        assert any(isinstance(chain.run, chains.CompiledChain) for chain in found)
+        assert any(isinstance(node.target, AttendSlide) for chain in found for node in chain.module.graph.nodes)
+        expected, expected_parts = steps(False)
+    assert_same(logits, expected)
+    assert_same(parts, expected_parts)

@@ -45,7 +45,11 @@ def test_presets_are_valid_and_options_override_them():
         ({"strategy": "tiered", "tiers": 4}, ValueError, "tiers must read as .* got 4"),
         ({"strategy": "tiered", "budget_bits": 1.5}, ValueError, "budget_bits must be at least 2.0 .* got 1.5"),
         ({"strategy": "evict", "preset": "off"}, ValueError, "strategy 'evict' is for packed caches"),
-        ({"strategy": "evict", "residual_window": 64}, ValueError, "residual_window must be at least 79"),
+        (
+            {"strategy": "evict", "scorer": "snapkv", "residual_window": 64},
+            ValueError,
+            "residual_window must be at least 79",
+        ),
         ({"skip_layers": ["first"]}, TypeError, "skip_layers must be integers"),
     ],
 )

@@ -38,7 +38,7 @@ class Hooked(nn.Module):
     def __init__(self, inner: DiTTransformer2DModel, swaps: bool = False) -> None:
         super().__init__()
         self.inner, self.swaps = inner, swaps
-        self.config, self.dtype = inner.config, inner.dtype
+        self.config, self.dtype, self.device = inner.config, inner.dtype, inner.device
         self.pipe: Any = None
         self.timestep = 0
 
@@ -67,29 +67,20 @@ def settings(ratios: list[float], steps: int) -> Iterator[tuple[str, str, Callab
     Args:
         ratios: of MagCache, from a calibration on other noise.
     """
-    for every in (2, 3, 4, 6):
-        for where, spans in (("", ALWAYS), (", steps of (100, 800)", (100, 800))):
-            yield "PyramidAttentionBroadcast", f"every {every}{where}", _pyramid(every, spans)
-    for attention in (2, 3):
-        for uncond in (2, 3, 5):
-            yield (
-                "FasterCache",
-                f"attention every {attention}, unconditional every {uncond}",
-                _faster(attention, uncond),
-            )
-    for threshold in (0.05, 0.1, 0.15, 0.2, 0.3):
-        yield "FirstBlockCache", f"threshold {threshold}", _first_block(threshold)
     for what, patterns in _TAYLOR.items():
-        for order in (0, 1, 2):
-            for every in (2, 3, 4) if what != "attention and feed-forward" else (2, 3):
+        for order in (0, 1, 2) if what == "lite" else (1,):
+            for every in (2, 3, 4) if what == "lite" else (2, 3):
                 yield "TaylorSeer", f"{what}, every {every}, order {order}", _taylor(patterns, every, order)
-    for threshold in (0.06, 0.12, 0.24):
-        for most in (1, 2, 3):
-            yield "MagCache", f"threshold {threshold}, at most {most}", _mag(threshold, most, ratios, steps)
-    for order in (0, 1):
-        for threshold in (0.25, 0.5, 1.0, 2.0):
-            for most in (1, 2, 4):
-                yield "SeaCache", f"threshold {threshold}, order {order}, at most {most}", _sea(threshold, order, most)
+    for threshold, order, most in ((0.5, 1, 1), (0.5, 1, 2), (1.0, 1, 2), (1.0, 1, 4), (2.0, 1, 2), (1.0, 0, 2)):
+        yield "SeaCache", f"threshold {threshold}, order {order}, at most {most}", _sea(threshold, order, most)
+    for threshold in (0.1, 0.2, 0.3):
+        yield "FirstBlockCache", f"threshold {threshold}", _first_block(threshold)
+    for threshold, most in ((0.12, 1), (0.12, 3), (0.24, 3), (0.24, 5)):
+        yield "MagCache", f"threshold {threshold}, at most {most}", _mag(threshold, most, ratios, steps)
+    for every in (2, 3, 4):
+        yield "PyramidAttentionBroadcast", f"every {every}", _pyramid(every, ALWAYS)
+    for uncond in (2, 5):
+        yield "FasterCache", f"attention every 2, unconditional every {uncond}", _faster(2, uncond)
 
 
 def calibrate(hooked: Hooked, run: Callable[[], Any], steps: int) -> list[float]:

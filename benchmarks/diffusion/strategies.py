@@ -8,7 +8,8 @@ Rows that the file has are not run again.
 A row is one way to generate 20 images in 30 steps of DDIM with guidance, from the same noise: operations (a multiply
 and an add are two; attention's are its two products, those of queries, keys, values and outputs count in the total),
 seconds of the whole call, PSNR of the images in [0, 1] against those of the full run, and how many a classifier of real
-digits takes for what was asked. Plans are searched on other noise.
+digits takes for what was asked. Plans compute some steps and forecast all blocks in the others; which steps is searched
+on other noise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 import tqc
 from tqc.diffusion.dispatcher import dispatcher_of
+from tqc.diffusion.plan import Cell, Plan, Schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -160,38 +162,69 @@ def own_settings() -> list[tuple[str, str, dict[str, Any]]]:
     def add(strategy: str, setting: str, more: dict[str, Any] | None = None, **kwargs: Any) -> None:
         found.append((strategy, setting, {"strategy": strategy, "strategy_kwargs": kwargs, **(more or {})}))
 
+    for order in (1, 2):
+        for every in (2, 3, 4):
+            add("taylor", f"blocks, every {every}, order {order}", every=every, order=order, blocks=True)
+        for threshold in (0.2, 0.4, 0.8):
+            add("first_block", f"threshold {threshold}, order {order}", threshold=threshold, order=order)
+    add("first_block", "threshold 0.2, order 0", threshold=0.2)
     for every in (2, 3, 4):
         add("share", f"every {every}", every=every)
         add("share", f"blocks, every {every}", every=every, blocks=True)
+    add("share", "every 2, with cfg_sharing", {"cfg_sharing": True}, every=2)
+    for bits in (8, 4, 2):
+        add("share", f"every 2, state of {bits} bits", {"state_bits": bits}, every=2)
+    add("taylor", "every 2, order 1", every=2)
+    add("taylor", "every 2, order 1, state of 4 bits", {"state_bits": 4}, every=2)
+    for name in ("delta2", "delta"):
+        for blocks in (True, False):
+            for threshold in (0.1, 0.2):
+                setting = f"{'blocks, ' if blocks else ''}threshold {threshold}"
+                add(name, setting, threshold=threshold, blocks=blocks)
+        add(name, "blocks, threshold 0.2, snr", {"scorer": "snr"}, threshold=0.2, blocks=True)
+    for every in (2, 3, 4):
         add("window", f"every {every}, 25 %", every=every, share=0.25)
     add("window", "every 4, 50 %", every=4, share=0.5)
-    for blocks in (False, True):
-        for order in (1, 2):
-            for every in (2, 3, 4):
-                add("taylor", f"{'blocks, ' if blocks else ''}every {every}, order {order}",
-                    every=every, order=order, blocks=blocks)  # fmt: skip
-    for bits in (8, 4, 2):
-        for strategy, kwargs in (("share", {"every": 2}), ("taylor", {"every": 2, "order": 1})):
-            add(strategy, f"every 2, state of {bits} bits", {"state_bits": bits}, **kwargs)
-    add("share", "every 2, with cfg_sharing", {"cfg_sharing": True}, every=2)
-    for name in ("delta", "delta2"):
-        for scorer in (None, "snr"):
-            for threshold in (0.05, 0.1, 0.2):
-                for blocks in (False, True):
-                    setting = f"{'blocks, ' if blocks else ''}threshold {threshold}{', snr' if scorer else ''}"
-                    add(name, setting, {"scorer": scorer}, threshold=threshold, blocks=blocks)
-    for order in (0, 1, 2):
-        for scorer in (None, "snr"):
-            for threshold in (0.1, 0.2, 0.4):
-                setting = f"threshold {threshold}, order {order}{', snr' if scorer else ''}"
-                add("first_block", setting, {"scorer": scorer}, threshold=threshold, order=order)
+    for order, every in ((1, 3), (1, 4), (2, 2), (2, 3), (2, 4)):
+        add("taylor", f"every {every}, order {order}", every=every, order=order)
     return found
 
 
-PLANS = [
-    ("all cells", {}, (0.02, 0.04, 0.08, 0.16)),
-    ("attention alone", {"cells": ("shared", "linear", "quadratic")}, (0.02, 0.05)),
-]
+# Computed steps of plans whose other steps are forecast in a line: where they start from.
+STARTS = (
+    {0, 1, 2, *range(4, 30, 3)},
+    {0, 1, *range(4, 30, 3)},
+    {0, 1, *range(5, 30, 4)},
+    {0, 1, *range(6, 30, 5)},
+    {0, 1, *range(7, 30, 6)},
+)
+
+
+def step_plan(computed: set[int]) -> Plan:
+    rows = [(Cell() if step in computed else Cell("block_linear"),) * 8 for step in range(STEPS)]
+    return Plan("DiTTransformer2DModel", tuple(rows))
+
+
+def moved(runs: Runs, computed: set[int]) -> set[int]:
+    """Computed steps moved one by one while images of other noise come nearer to those of the full run."""
+    labels, seed = list(range(10)), 100
+    full = runs.draw(seed, labels)
+    tqc.compile_pipeline(runs.pipe, plan=step_plan(computed), options=EAGER)
+    dispatcher: Any = dispatcher_of(runs.pipe.transformer)
+
+    def error(steps: set[int]) -> float:
+        dispatcher.schedule = Schedule(8, plan=step_plan(steps))
+        return float((runs.draw(seed, labels) - full).square().mean())
+
+    best = error(computed)
+    for step in sorted(computed)[1:]:
+        for other in (step - 1, step + 1):
+            tried = (computed - {step}) | {other}
+            if 0 < other < STEPS and len(tried) == len(computed) and (found := error(tried)) < best:
+                computed, best = tried, found
+                break
+    tqc.decompile_pipeline(runs.pipe)
+    return computed
 
 
 def main() -> None:
@@ -202,23 +235,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="settings whose method has this in its name")
     arguments = parser.parse_args()
     runs, every = Runs(arguments.model, not arguments.quick, arguments.timed), 7 if arguments.quick else 1
+    ratios = runs.ratios()
+    if not runs.has("diffusers", "full", ""):
+        runs.theirs("full", "", lambda hooked: None)
+    for method, setting, apply in list(settings(ratios, STEPS))[::every]:
+        if arguments.only in method and not runs.has("diffusers", method, setting):
+            try:
+                runs.theirs(method, setting, apply)
+            except Exception as error:  # of theirs; the row says it
+                runs.rows.append({"who": "diffusers", "method": method, "setting": setting, "reason": repr(error)})
     for method, setting, how in own_settings()[::every]:
         if arguments.only in method and not runs.has("tqc", method, setting):
             runs.ours(method, setting, **how)
-    ratios = runs.ratios()
-    runs.theirs("full", "", lambda hooked: None)
-    for method, setting, apply in list(settings(ratios, STEPS))[::every]:
-        if arguments.only in method and not runs.has("diffusers", method, setting):
-            runs.theirs(method, setting, apply)
-    for name, how, errors in PLANS:
-        for error in errors[::every] if arguments.only in "plan" else ():
-            if runs.has("tqc", "plan", f"{name}, error {error}"):
-                continue
-            call = {"class_labels": list(range(10)), "guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
-            path = arguments.model / f"{name.replace(' ', '_')}_{error}.json"
-            if not path.exists():  # a search goes on where it was stopped
-                tqc.plan(runs.pipe, call, max_error=error, seed=100, path=path, **how)
-            runs.ours("plan", f"{name}, error {error}", plan=path)
+    for start in STARTS if arguments.only in "plan" else ():
+        if not any(row["method"] == "plan" and f"of {len(start)} " in row["setting"] for row in runs.rows):
+            steps = moved(runs, start)
+            runs.ours("plan", f"of {len(start)} computed steps: {', '.join(map(str, sorted(steps)))}",
+                      plan=step_plan(steps))  # fmt: skip
 
 
 if __name__ == "__main__":

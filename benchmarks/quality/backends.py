@@ -2,6 +2,7 @@
 
     python benchmarks/quality/backends.py                    SmolLM2-135M-Instruct
     python benchmarks/quality/backends.py --gemma FOLDER     and Gemma-3-270m from there
+    python benchmarks/quality/backends.py --resume           rows that the file does not have yet
 
 What `tqc eval` and `tqc eval --backend mlx` measure: KL(dense || packed) of the next tokens, each backend against its
 own dense run. Some ten minutes a model on one thread; the file is written behind each run.
@@ -10,6 +11,7 @@ own dense run. Some ten minutes a model on one thread; the file is written behin
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,12 +46,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gemma", metavar="FOLDER", help="a folder with Gemma-3-270m")
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    file = envelope.RESULTS / "mlx_quality.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if given.resume else []
     for name, source in (("SmolLM2-135M", None), ("Gemma-3-270m", given.gemma)):
         if name.startswith("Gemma") and not source:
             continue
         for backend in BACKENDS:
+            if any((row["model"], row["backend"]) == (name, backend) for row in rows):
+                continue
             rows += measured(name, source, backend, given.tokens)
             for row in rows:
                 same = {"model": row["model"], "setting": row["setting"], "backend": "torch"}

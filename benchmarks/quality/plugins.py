@@ -4,6 +4,7 @@
     python benchmarks/quality/plugins.py --scorers palm snapkv    some scorers
     python benchmarks/quality/plugins.py --tiers 1x4+1x1/2        some tiers; "evict" is half the tokens at 4 bits
     python benchmarks/quality/plugins.py --gemma FOLDER           Gemma-3-270m from there, and no other
+    python benchmarks/quality/plugins.py --widths FILE            also widths that `tqc calibrate --widths 1..4` found
 
 Rows that the file has are not run again. A row takes 15 to 30 s on one thread (see direct.py); the file is written
 behind each. Bits are all-in, of a bfloat16 cache of 4,096 tokens: pages, places, scales, window, sinks, queries.
@@ -33,6 +34,7 @@ SMOLLM, GEMMA = "SmolLM2-135M", "Gemma-3-270m"
 RESULT = "plugins"
 UNIFORM = ("k8v8", "k2v2", "k2v2:w128", "k2v2:w160", "k3v2", "k3v3", "k4v4")
 TIERS = ("evict", "1x4+2x2/4", "1x4+1x2+2x1/4", "1x4+3x2/4", "2x4+2x2/4")
+BUDGETS = (2.0, 2.25, 2.75)  # of calibrated widths
 PROMPTS = 2
 
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tiers", nargs="+", default=TIERS)
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, help="settings without a strategy to compare with")
     parser.add_argument("--gemma", metavar="FOLDER")
+    parser.add_argument("--widths", metavar="FILE")
     parser.add_argument("--tokens", type=int, default=1024)
     arguments = parser.parse_args()
     settings: list[Any] = [*arguments.uniform]
@@ -66,12 +69,15 @@ def main() -> None:
     done = {row["setting"] for row in rows if row["model"] == model}
     with torch.no_grad():
         bench = Bench(*load(arguments.gemma, "float32"), arguments.tokens, PROMPTS)
-        for setting in settings:
-            begin, (name, options) = time.monotonic(), parse_setting(setting)
+        named = [parse_setting(setting) for setting in settings]
+        for bits in BUDGETS if arguments.widths else ():
+            named.append((f"calibrated, {bits:g} code bits, w96", {"widths": arguments.widths, "budget_bits": bits}))
+        for name, options in named:
+            begin = time.monotonic()
             if name not in done:
-                rows.append(
-                    {"model": model, "setting": name, "options": options} | bench.row(Config.from_options(options))
-                )
+                found = bench.row(Config.from_options(options))
+                shown = options | ({"widths": "tqc calibrate --widths 1..4"} if "widths" in options else {})
+                rows.append({"model": model, "setting": name, "options": shown} | found)
                 envelope.write(RESULT, rows, notes)
                 print(f"{time.monotonic() - begin:.0f} s", rows[-1], flush=True)
 

@@ -303,6 +303,10 @@ void attend_op(const AttendInputs<T>& in, Allocate allocate) {
                  (long long)k.state->begin, (long long)v.state->begin);
     throw Failure{};
   }
+  const auto same_pages = [](const Tier& one, const Tier& other) { return one.pages == other.pages; };
+  if (k.f->block_tokens != v.f->block_tokens ||
+      !std::equal(k.f->tiers.begin(), k.f->tiers.end(), v.f->tiers.begin(), v.f->tiers.end(), same_pages))
+    fail(PyExc_ValueError, "keys and values are in other groups");
   if (start >= 0 && start != k_length && !k.f->tiers.empty())
     fail(PyExc_ValueError, "a cache with groups of tokens has no part that could be read alone");
   view_of(a.k, k, length, key, fresh);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,62 +12,20 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tqc.ops import TENSORS, example, is_packed
 from tqc.ops.effects import written
+from tqc.passes.finders.cache_write import FULL, CacheWrite, along_length
+from tqc.passes.finders.static_window import find_roll, find_window
 from tqc.passes.graph import argument, calls, rearranges, writers
-
-_FULL = slice(None, None, None)
-
-
-@dataclass
-class CacheWrite:
-    """One of a site's two caches.
-
-    Attributes:
-        kind: "grow" for `cat([past, new])`, "write" for writing into a preallocated tensor in place, "read" for a
-            cache that this call does not write.
-        node: whose value the attention reads, [batch, heads, tokens, head_dim].
-        past: the cache before the write; None for an empty one. For "write", the preallocated tensor.
-        new: the new tokens; None for "read".
-        operation: for "write", the node that writes.
-        positions: for "write", where: a node of int64 [n], or the first position (a node or an int).
-        counted: for "write", whether `positions` are known to be consecutive.
-        prefix: for "write", how many tokens of the preallocated tensor attention reads; None for all.
-        kept: for "grow", what of `node` stays cached where it is its last tokens alone (a sliding window); else None.
-        keep: how many tokens that are at most; None for all.
-    """
-
-    kind: str
-    node: Node
-    past: Node | None
-    new: Node | None
-    operation: Node | None = None
-    positions: Any = None
-    counted: bool = False
-    prefix: Any = None
-    kept: Node | None = None
-    keep: int | None = None
-
-    @property
-    def leaves(self) -> Node:
-        """For "grow", the node that is cached."""
-        return self.kept or self.node
-
-    @property
-    def packed(self) -> bool:
-        return self.past is not None and is_packed(self.past)
-
-    @property
-    def allocated_here(self) -> bool:
-        """Whether the preallocated tensor is made in this graph, as zeros."""
-        return self.past is not None and calls(self.past, torch.zeros, "new_zeros", torch.zeros_like)
 
 
 def find_cache(node: Node) -> CacheWrite | str:
     """How `node`, the keys or values of an attention site, is cached; or why that is not understood."""
+    if window := find_window(node):
+        return window
     if calls(node, torch.cat, torch.concat):
         return _match_cat(node)
     target, prefix = _strip_prefix(node)
-    if calls(target, "index_copy_", "index_copy"):
-        target = target.args[0] if target.target == "index_copy_" else target
+    if calls(target, "index_copy_", "copy_"):
+        target = target.args[0]
     if target.op == "placeholder" or calls(target, torch.zeros, "new_zeros", torch.zeros_like):
         written = writers(target)
         if written:
@@ -223,27 +180,16 @@ def _kept(node: Node) -> tuple[Node | None, int | None]:
     if any(user.op == "output" for user in node.users):
         return None, None
     for user in node.users:
-        part = _along_length(user)
+        part = along_length(user)
         leaves = bool(user.users) and all(reader.op == "output" for reader in user.users)
         if leaves and part and isinstance(part.start, int) and part.start < 0 and part.stop is None:
             return user, -part.start
     return None, None
 
 
-def _along_length(node: Node) -> slice | None:
-    """`part` of `tensor[:, :, part]` or `tensor[:, :, part, :]`, without a stride."""
-    index = node.args[1] if calls(node, operator.getitem) else None
-    if not isinstance(index, tuple) or len(index) not in (3, 4):
-        return None
-    if any(part != _FULL for part in (*index[:2], *index[3:])):
-        return None
-    part = index[2]
-    return part if isinstance(part, slice) and part.step in (None, 1) else None
-
-
 def _strip_prefix(node: Node) -> tuple[Node, Any]:
     """`cache[:, :, :stop]` or `cache[:, :, :stop, :]`: the cache and `stop`; of anything else, itself and None."""
-    part = _along_length(node)
+    part = along_length(node)
     if part is None or part.start not in (None, 0) or part.stop is None:
         return node, None
     return node.args[0], part.stop
@@ -262,10 +208,11 @@ def find_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | st
     elif calls(operation, operator.setitem) and operation.args[0] is cache:
         index, new = operation.args[1:]
         found = isinstance(index, tuple) and len(index) in (3, 4)
-        found = found and all(isinstance(part, slice) and part == _FULL for part in (*index[:2], *index[3:]))
+        found = found and all(isinstance(part, slice) and part == FULL for part in (*index[:2], *index[3:]))
         positions = index[2] if found else None
     elif calls(operation, "copy_"):
-        return f"the preallocated cache is overwritten as a whole{_rolled(operation)}"
+        window = find_roll(cache, operation) if prefix is None else None
+        return window or "the preallocated cache is overwritten as a whole"
     else:
         found = False
     if not found or not isinstance(new, Node) or not isinstance(example(new), Tensor) or example(new).dim() != 4:
@@ -284,12 +231,6 @@ def find_write(cache: Node, written: list[Node], prefix: Any) -> CacheWrite | st
     if example(new).dtype != example(cache).dtype or example(new).shape[:2] != example(cache).shape[:2]:
         return "new tokens differ from the preallocated cache in dtype, batch or heads"
     return CacheWrite("write", cache, cache, new, operation, positions, counted, prefix)
-
-
-def _rolled(operation: Node) -> str:
-    source = argument(operation, 1, "src")
-    made = {source, *source.all_input_nodes} if isinstance(source, Node) else set()
-    return " (a sliding window: rolled, then copied)" if any(calls(node, "roll", torch.roll) for node in made) else ""
 
 
 def _counts_up(positions: Node) -> bool:

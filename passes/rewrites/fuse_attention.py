@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from tqc import ops
 from tqc.ops import example
 from tqc.passes.edit import insert, query_of, size, update_input
-from tqc.passes.finders.cache import CacheWrite
+from tqc.passes.finders.cache_write import CacheWrite
 from tqc.passes.finders.site import Mask
 from tqc.passes.graph import writers
 from tqc.passes.masks import combine_masks
@@ -35,7 +35,9 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
     positions, ...)` and, at the end of the graph, `update(k_cache, keys)`. A cache that is only read, or that another
     site has extended in this call, is attended to without new tokens. Where two sites extend one cache in different
     ways, the second extends a `fork` of it. A cache that keeps the last tokens alone (`keys[:, :, -511:]` is returned)
-    does so by its format: `extend` drops what leaves it, and a second site looks at a `fork` from before.
+    does so by its format: `extend` drops what leaves it, and a second site looks at a `fork` from before. Where such a
+    cache is preallocated (`k_cache.copy_(cat([k_cache[:, :, 1:], key], -2))`), `window(k_cache, 1, length, length)` is
+    what is attended to and extended, and `update` says that the cache becomes that.
 
     Where the format has groups, `score` stands between the two and `extend` takes what it gives (see `pack_cache`).
 
@@ -57,6 +59,9 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
                 if cache.past in consumed and (cache.node not in stored or cache.keep is not None):
                     with gm.graph.inserting_before(consumed[cache.past]):
                         cache.past = insert(gm.graph, ops.fork, cache.past)
+            for cache in (site.key, site.value):
+                if cache.kind == "slide":
+                    cache.past = insert(gm.graph, ops.window, cache.past, cache.begin, cache.end, cache.keep)
             out = _attend(gm.graph, site, mask, stored)
             out.meta[MODULE_STACK] = output.meta.get(MODULE_STACK)
             scored = _score(gm.graph, site, mask, out, stored)
@@ -75,7 +80,7 @@ def fuse_attention(gm: GraphModule, plan: Plan) -> int:
     writes = {cache.node: cache for site in sites for cache in (site.key, site.value) if cache and cache.node in stored}
     for write, cache in writes.items():
         new = stored[write]
-        if cache.kind == "write":
+        if cache.kind in ("write", "slide"):
             _replace_write(cache, new)
         elif cache.kept:
             cache.kept.replace_all_uses_with(new)
@@ -89,7 +94,7 @@ def _columns(gm: GraphModule, site: Site) -> Any:
     assert site.key
     if not any(mask.kind == "flex" for mask in site.attention.masks):
         return None
-    past, new = site.key.past, site.key.new if site.key.kind == "grow" else None
+    past, new = site.key.past, site.key.new if site.key.kind in ("grow", "slide") else None
     sizes: list[Any] = [size(gm.graph, tensor, 2) for tensor in (past, new) if tensor]
     if len(sizes) == 2 and any(isinstance(held, Node) for held in sizes):
         return insert(gm.graph, operator.add, *sizes)
@@ -124,7 +129,7 @@ def _score(graph: Graph, site: Site, mask: Node | None, out: Node, stored: dict[
 def _store(
     graph: Graph, site: Site, cache: CacheWrite, mask: Node | None, query: Node, scored: dict[str, Node]
 ) -> Node:
-    if cache.kind == "grow":
+    if cache.kind in ("grow", "slide"):
         how = {"query": query, **scored}
         if cache is site.value:
             how = {name: node for name, node in how.items() if name == "score"}
@@ -134,8 +139,9 @@ def _store(
 
 def _replace_write(cache: CacheWrite, new: Node) -> None:
     """Let a write of the dialect stand for one in place: at the end of the graph the input is what it made."""
-    operation, past = cache.operation, cache.past
-    assert operation and past
+    operation = cache.operation
+    assert operation
+    past = operation.args[0]
     for source in (operation, past):
         source.replace_all_uses_with(new, lambda user: user.op == "output")
     operation.replace_all_uses_with(past)

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from tqc import ops
 from tqc.passes.edit import insert, query_of, size, update_input
-from tqc.passes.finders.cache import CacheWrite
+from tqc.passes.finders.cache_write import CacheWrite
 from tqc.passes.masks import combine_masks
 from tqc.passes.plan import PACK, Plan, Site
 from tqc.passes.scores import score_tokens
@@ -30,7 +30,8 @@ def pack_cache(gm: GraphModule, plan: Plan) -> int:
 
     A cache that holds dense tokens already (`cat([past, key])`) is packed whole: attention reads it dense this once.
     So is a preallocated one that starts in this graph (`zeros`, then `index_copy_`). One that the caller allocated is
-    packed by `adopt` behind its last dense use, and `update` says so at the end of the graph.
+    packed by `adopt` behind its last dense use, and `update` says so at the end of the graph. A sliding window that new
+    tokens fill alone (`cache.copy_(key[:, :, -512:])`) needs no dense one.
 
     Where the format has groups, `score` says which of their tokens are kept, and both packs follow it:
         scored = score(key, value, query, spec)
@@ -40,7 +41,8 @@ def pack_cache(gm: GraphModule, plan: Plan) -> int:
     packed: dict[Node, Node] = {}
     for site in sites:
         assert site.key and site.value
-        if site.key.kind == "write" and not site.key.allocated_here:
+        dense = not site.key.allocated_here and not site.key.packed
+        if site.key.kind in ("write", "slide") and dense:
             _adopt(gm, site)
             continue
         scored = _score(gm, site)
@@ -72,6 +74,9 @@ def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str, scored: dic
         if write is site.value:
             how = {name: node for name, node in how.items() if name == "score"}
         packed = site.mark(insert(gm.graph, ops.pack, dense, spec, *where, **how))
+    if write.kind == "slide":
+        _slide(write, packed)
+        return packed
     for source in filter(None, (write.leaves, write.operation)):
         source.replace_all_uses_with(packed, lambda user: user.op == "output")
     if write.kind == "grow" and dense is not write.node:
@@ -79,21 +84,33 @@ def _pack(gm: GraphModule, site: Site, write: CacheWrite, spec: str, scored: dic
     return packed
 
 
+def _slide(write: CacheWrite, packed: Node) -> None:
+    """Let a window that starts anew be `packed`; nothing has read it in this graph."""
+    operation, past = write.operation, write.past
+    assert operation and past
+    operation.replace_all_uses_with(past)
+    operation.graph.erase_node(operation)
+    past.replace_all_uses_with(packed, lambda user: user.op == "output")
+    if not write.allocated_here:
+        update_input(past, packed)
+
+
 def _adopt(gm: GraphModule, site: Site) -> None:
     key, val = site.key, site.value
     assert key and val and key.past and val.past
     with gm.graph.inserting_before(site.attention.output.next):
-        count = size(gm.graph, key.new, 2)
-        mask = None if key.prefix is not None else combine_masks(gm.graph, site.attention, None)
+        slides = key.kind == "slide"  # and is full by now
+        positions, count = (0, key.keep) if slides else (key.positions, size(gm.graph, key.new, 2))
+        mask = None if slides or key.prefix is not None else combine_masks(gm.graph, site.attention, None)
         specs = (str(site.k_fmt), str(site.v_fmt))
         operands = (
             key.past,
             val.past,
-            key.positions,
+            positions,
             count,
             mask,
             *specs,
-            key.counted,
+            slides or key.counted,
             query_of(gm.graph, site.attention),
         )
         adopted = site.mark(insert(gm.graph, ops.adopt, *operands))

@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 from tqc import ops
 from tqc.ops import Op, example, is_packed
 from tqc.passes.edit import insert, size, update_input
-from tqc.passes.finders.cache import CacheWrite, find_cache, find_write
+from tqc.passes.finders.cache import find_cache, find_write
+from tqc.passes.finders.cache_write import CacheWrite
 from tqc.passes.graph import MEASURES, calls, is_in_place, writers
 from tqc.passes.plan import EVICTED, READ, Plan, Site
 
@@ -48,7 +49,7 @@ def read_cache(gm: GraphModule, plan: Plan) -> int:
                 continue
         written = writers(cache)
         write = find_write(cache, written, None) if written else None
-        if isinstance(write, CacheWrite) and write.operation:
+        if isinstance(write, CacheWrite) and write.kind == "write" and write.operation:
             _write(gm, write, write.operation)
         elif written:
             _decode_for_good(gm, cache)

@@ -59,6 +59,7 @@ def test_taylor_forecasts_attention_through_the_last_computed_steps(name):
     assert {len(held) for held in states.values()} == {3}
 
 
+@pytest.mark.extended
 def test_a_forecast_with_too_few_states_is_of_lower_order():
     model = transformer("dit")
     plan = ["full", ("forecast", 0), "full", ("forecast", 1)]
@@ -79,7 +80,7 @@ def test_whole_blocks_are_forecast_and_not_computed():
     assert shared < 0.05 * full
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("share", [0.1, pytest.param(0.5, marks=pytest.mark.extended)])
 def test_a_window_adds_what_it_lacked_in_the_last_computed_step(share):
     model = transformer("dit")
     oracle = Attention(lambda step: "near" if step % 3 else "full", width=-(-round(64 * share) // 3))
@@ -91,7 +92,7 @@ def test_a_window_adds_what_it_lacked_in_the_last_computed_step(share):
     assert min(flops) < 1.6 * share * max(flops)
 
 
-@pytest.mark.parametrize("name", ["delta", "delta2"])
+@pytest.mark.parametrize("name", [pytest.param("delta", marks=pytest.mark.extended), "delta2"])
 def test_delta_computes_anew_where_the_forecast_missed_too_much(name):
     model, plain = transformer("dit"), transformer("dit")
     threshold = 0.4
@@ -137,7 +138,7 @@ def test_delta2_falls_back_from_curve_to_line_to_computing():
     assert strategy.cell(Progress(9, 5, 1, (0.0,))) == "full"  # behind the limit
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3])
+@pytest.mark.parametrize("threshold", [pytest.param(0.0, marks=pytest.mark.extended), 0.3])
 def test_first_block_takes_the_other_blocks_from_before_while_the_first_moves_little(threshold):
     model, plain = transformer("dit"), transformer("dit")
     decided, change, points = [], 0.0, []
@@ -199,6 +200,7 @@ def test_rising_timesteps_share_nothing_and_that_is_said(caplog):
     assert sum("rise" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.extended
 def test_a_state_that_is_packed_is_forecast_as_it_reads():
     model = transformer("dit")
     expected = run(model, 3)

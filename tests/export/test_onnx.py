@@ -35,7 +35,8 @@ PROMPT, STEPS = 80, 64
 
 
 def build(name: str) -> Any:
-    return FAMILIES[name].build("eager" if name == "gemma2" else "sdpa")
+    more = {"num_hidden_layers": 3} if name == "llama" else {}  # the third layer is a copy of the second
+    return FAMILIES[name].build("eager" if name == "gemma2" else "sdpa", **more)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +44,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(build("llama"), tmp_path_factory.mktemp("onnx") / "llama", max_cache_len=160, **OPTIONS)
 
 
-def assert_same(model: Any, folder: Path, options: dict[str, Any] | None) -> None:
+def assert_same(model: Any, folder: Path, options: dict[str, Any] | None, edges: int = 0) -> None:
+    """`edges`: how many bytes may differ because a number lies on the edge between two codes, which shows in logits."""
     ids, mask = prompt(2, PROMPT + STEPS), torch.ones(2, PROMPT + STEPS, dtype=torch.int64)
     mask[0, :5] = 0
     torch._dynamo.reset()
     found = compare(model, folder, options, ids, PROMPT, mask)
     assert found.prefill <= 2e-4 and found.same_tokens == found.steps == 1 + STEPS, found
-    # A number that lies on the edge between two codes may be rounded to either, and shows in the logits then.
-    assert found.codes <= found.code_bytes / 2000 and found.decode <= (5e-3 if found.codes else 2e-4), found
+    assert found.codes <= edges and found.decode <= (5e-3 if found.codes else 2e-4), found
     assert bool(found.code_bytes) == (options is not None), found
 
 
 def test_llama_as_torch_has_it(llama: Path) -> None:
-    assert len(OnnxGenerator(llama).metadata["packed"]) == 4
+    assert len(OnnxGenerator(llama).metadata["packed"]) == 6
     assert_same(build("llama"), llama, OPTIONS)
 
 
@@ -64,7 +65,15 @@ def test_llama_as_torch_has_it(llama: Path) -> None:
 def test_families_as_torch_has_them(name: str, tmp_path: Path) -> None:
     folder = export_onnx(build(name), tmp_path / name, max_cache_len=160, **OPTIONS)
     assert len(OnnxGenerator(folder).metadata["packed"]) == 2 * FAMILIES[name].packed
-    assert_same(build(name), folder, OPTIONS)
+    assert_same(build(name), folder, OPTIONS, edges=2 if name == "mistral" else 0)
+
+
+def test_like_layers_are_converted_once(llama: Path) -> None:
+    nodes = onnx.load(llama / "model.onnx", load_external_data=False).graph.node
+    kinds = [node.op_type.split("_")[0] for node in nodes if node.domain == "tqc"]
+    assert kinds.count("attend") == 3 and not {"enter", "leave", "repeat"} & set(kinds)
+    copies = [node.name for node in nodes if node.name.endswith("_0_1")]
+    assert len(copies) > 20 and len({node.name for node in nodes}) == len(nodes)
 
 
 @pytest.mark.extended
@@ -224,7 +233,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         ("out", {"compress": False, "bits_k": 2}, "compress=False leaves all caches dense, so it takes no bits_k"),
         ("out", {"bits_k": 9}, "bits_k must be 1 to 8"),
         ("out", {"bitsk": 4}, "unknown option 'bitsk'"),
-        ("out", {"strict": True, "skip_layers": (1,)}, "strict: 1 of 2 caches of .* stay dense .*named in skip_layers"),
+        ("out", {"strict": True, "skip_layers": (1,)}, "strict: 1 of 3 caches of .* stay dense .*named in skip_layers"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             export_onnx(model, tmp_path / path, **options)

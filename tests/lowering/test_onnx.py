@@ -147,6 +147,15 @@ def test_extend_refuses_tokens_of_another_size() -> None:
         cache.extend(draw(1, HEADS, 3, DIM * 2, seed=0)[..., : DIM + 8], None)
 
 
+def test_read_refuses_scales_of_other_pages() -> None:
+    cache = OnnxCache(FORMATS[0], 1, HEADS)
+    cache.extend(draw(1, HEADS, 120, DIM, seed=0), None)  # three pages
+    function = read_of(f"read_{cache.fmt.bits}_{cache.fmt.centred}", cache.fmt)
+    feeds = {"state": cache.state, **tables("table", cache.fmt), **cache.parts}
+    with pytest.raises(Exception, match="(?i)dimension|shape|broadcast|size"):
+        run(function, {**feeds, "scales": cache.parts["scales"][:, :, :2]})
+
+
 def test_attend_of_a_state_that_is_not_the_caches() -> None:
     """The tokens that a state counts are those that are seen."""
     fmt = FORMATS[0]

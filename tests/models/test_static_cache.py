@@ -9,8 +9,7 @@ import torch
 from transformers import StaticCache
 
 from tests.models.common import FAMILIES, assert_caches_close, assert_close, compiled, layers, prompt, run, sites
-from tqc.cache.packed_tensor import PackedTensor
-from tqc.passes.plan import DENSE, FUSE
+from tqc.passes.plan import FUSE, PACK
 
 CAPACITY = 128
 
@@ -60,17 +59,29 @@ def test_reset_and_use_again() -> None:
 
 
 @pytest.mark.slow
-def test_sliding_layers_stay_dense() -> None:
-    model = FAMILIES["gemma2"].build("eager")
-    ids = prompt(2, 86)
-    theirs, ours = make(model), make(model)
-    expected = run(model, ids, theirs)
+@pytest.mark.parametrize(
+    ("family", "attn", "splits"),
+    [
+        ("gemma2", "eager", (86, 116, 146)),
+        pytest.param("mistral", "sdpa", (40, 70, 100), marks=pytest.mark.extended),
+        pytest.param("gemma3", "sdpa", (40, 59), marks=pytest.mark.extended),
+        pytest.param("gpt_oss", "eager", (60,), marks=pytest.mark.extended),
+    ],
+)
+def test_sliding_layers_are_packed(family: str, attn: str, splits: tuple[int, ...]) -> None:
+    """Prompts that fill the window of 60 tokens or not, and chunks and tokens that roll it on."""
+    model = FAMILIES[family].build(attn)
+    ids = prompt(2, splits[-1] + 3)
+    theirs, ours = (StaticCache(model.config, max_cache_len=160) for _ in range(2))
+    expected = run(model, ids, theirs, splits)
     with compiled(model) as plans:
-        actual = run(model, ids, ours)
+        actual = run(model, ids, ours, splits)
+        assert_caches_close(ours, theirs, 0.05, packed=len(layers(ours)))
+        ours.reset()
+        again = run(model, ids[:, :97], ours, (90,))
     assert_close(actual, expected, 0.1, "logits")
-    assert [site.action for site in plans[-1].sites] == [FUSE, DENSE, FUSE]
-    assert plans[-1].sites[1].reason
-    assert [isinstance(layer.keys, PackedTensor) for layer in layers(ours)] == [True, False, True]
+    assert_close(again, expected[:, :97], 0.1, "logits of a second prompt")
+    assert {site.action for plan in plans for site in plan.sites} == {PACK, FUSE}
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def draw_calls(data: st.DataObject, head_dims: list[int], longest: int = 100) ->
         (tqc.ops.extend, {"cache": cache(k_fmt, stored), "new": key}),
         (tqc.ops.write, {"cache": cache(v_fmt, capacity), "new": value, "positions": positions}),
         (tqc.ops.rewind, {"cache": cache(k_fmt, stored), "length": data.draw(st.integers(0, stored))}),
+        (tqc.ops.window, {"cache": cache(k_fmt, stored), "begin": stored // 3, "end": stored, "keep": stored + 1}),
         (tqc.ops.attend, {**attention, "return_lse": True, "sinks": torch.zeros(heads * group)}),
         (tqc.ops.attend, {**attention, "key": key, "value": value, "attn_mask": mask, "scale": 0.2}),
         (tqc.ops.read, {"cache": cache(v_fmt, capacity)}),

@@ -52,9 +52,10 @@ def contents(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
 
 
 class TestEveryOp:
-    def test_there_are_twelve(self):
+    def test_there_are_thirteen(self):
         assert {op.__name__ for op in OPS} == {
-            "adopt", "attend", "extend", "fold", "fork", "pack", "read", "rewind", "score", "unfold", "update", "write"
+            "adopt", "attend", "extend", "fold", "fork", "pack", "read", "rewind", "score", "unfold", "update",
+            "window", "write"
         }  # fmt: skip
 
     @pytest.mark.parametrize("op", OPS, ids=repr)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tqc.cache.packed_tensor import PackedTensor, rewrite
 from tqc.cache.storage import Append, Storage
+from tqc.cache.views import writable
 from tqc.format import PackedFormat
 from tqc.format.quantizer import unfold
 from tqc.torch_private import is_view, swap_tensors
@@ -30,8 +31,18 @@ def write_anywhere(cache: PackedTensor, positions: Tensor, new: Tensor, kernels:
     )
     if len(positions) == 1:
         positions = positions + torch.arange(new.shape[2], device=positions.device)
-    stored = max(cache.packed_storage.length, int(positions.max()) + 1)
+    stored = max(cache.packed_storage.length - cache.begin, int(positions.max()) + 1)
     rewrite(cache, lambda dense: dense.index_copy_(2, positions, unfold(new, cache.fmt)), stored, kernels)
+
+
+def window(cache: PackedTensor, begin: int, end: int, keep: int, count: int) -> Storage:
+    """Memory with room for `count` tokens behind those from `begin` to `end` of `cache`, which keeps the last `keep`:
+    its own, where no other tensor reads there.
+
+    Until `hold` gives it to `cache` that reads what it did."""
+    storage = writable(cache)
+    storage.keep_last(keep)
+    return storage.room_behind(cache.begin + begin, cache.begin + end, count)
 
 
 def can_become_packed(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -188,9 +189,9 @@ class Storage:
 
         Where fewer tokens are stored, a copy with zeros up to there."""
         storage = self._with_just(end)
-        if storage is self and (begin != self.begin or (self.fmt.keep is not None and self._loses(end + count))):
+        if storage is self and (begin < self.begin or (self.fmt.keep is not None and self._loses(end + count))):
             storage = self.copy(end)
-        storage._start_at(begin)
+        storage.start_at(begin)
         storage.reserve(end + count)
         if (gap := end - storage.length) and self.fmt.groups:
             raise NotImplementedError("a cache with groups of tokens has no gap in it that could be filled")
@@ -200,16 +201,26 @@ class Storage:
             storage.append(zeros, gap, None, planes.append)
         return storage
 
+    def keep_last(self, keep: int) -> None:
+        """Let a preallocated cache be a sliding window from now on; its pages lie where those of one do."""
+        if self.fmt.keep != keep:
+            self.fmt = replace(self.fmt, keep=keep)
+
     def _loses(self, end: int) -> bool:
-        """Whether tokens that are still read are lost on the way to position `end`: pages take the place of theirs, or
-        they leave the ring for a page that is not stored, since the window has passed it."""
+        """Whether tokens that are still read are lost on the way to position `end`."""
+        first = self.first_left(end)
+        return first > 0 and any(tensor.begin < first for tensor in self.readers())
+
+    def first_left(self, end: int) -> int:
+        """Before which position tokens are lost on the way to `end`: pages take the place of theirs, or they leave the
+        ring for a page that is not stored, since the window has passed it; 0 if none is."""
         packed = self.fmt.packed_tokens(end, self.packed)
         size = self.fmt.block_tokens
         lost = packed // size - max(self.pages.shape[2], self.fmt.pages_for(end))
         passed = min(packed, self.fmt.first_held(end, self.begin) - self.fmt.sink_tokens) // size
         if passed > self.packed // size:
             lost = max(lost, passed)
-        return lost > 0 and any(tensor.begin < self.fmt.sink_tokens + lost * size for tensor in self.readers())
+        return self.fmt.sink_tokens + lost * size if lost > 0 else 0
 
     def append(
         self,
@@ -283,7 +294,12 @@ class Storage:
         self._length = end
         self._write_state()
 
-    def _start_at(self, begin: int) -> None:
+    def clear(self) -> None:
+        """Drop all tokens, in place."""
+        self.truncate(0)
+        self.start_at(0)
+
+    def start_at(self, begin: int) -> None:
         if begin != self.begin:
             self._begin = begin
             self._write_state()
@@ -303,7 +319,9 @@ class Storage:
         """Remember that `tensor`, a packed one, reads tokens up to position `end` from here."""
         if len(self._readers) > 4:
             self.readers()
-        self._readers.append((weakref.ref(tensor), end))
+        noted = weakref.ref(tensor)  # one and the same for a tensor
+        self._readers = [reader for reader in self._readers if reader[0] is not noted]
+        self._readers.append((noted, end))
 
     def readers(self) -> list[Any]:
         """The packed tensors that read from here."""

@@ -40,12 +40,12 @@ def family(x: PackedTensor) -> list[PackedTensor]:
     """Those that show what is written into `x`, itself included.
 
     Raises:
-        NotImplementedError: if one of them has a copy instead of the same memory.
+        NotImplementedError: if one of them has a copy instead of the same memory, or is the end of a sliding window.
     """
     members = x.views.alive() if x.views else [x]
     if len(members) == 1:
         x.views = None  # so that the next write need not look
-    if any(member.packed_storage is not x.packed_storage for member in members):
+    if any(member.packed_storage is not x.packed_storage or member.begin != x.begin for member in members):
         raise NotImplementedError(
             "a packed tensor is written to while rows or parts that were taken out of it are in use, and they hold "
             "copies: .clone() them, or drop them, before the write"
@@ -66,6 +66,7 @@ def writable(x: PackedTensor) -> Storage:
     members = family(x)
     if any(all(reader is not member for member in members) for reader in storage.readers()):
         storage = storage.copy(min(storage.length, max(member.end for member in members)))
+        storage.start_at(x.begin)
         hold(members, storage)
     return storage
 
@@ -73,6 +74,6 @@ def writable(x: PackedTensor) -> Storage:
 def hold(members: list[PackedTensor], storage: Storage) -> None:
     """Let all of them read from `storage`."""
     for member in members:
-        if member.packed_storage is not storage:
+        if member.packed_storage is not storage or member.begin != storage.begin:
             member.packed_storage, member.begin = storage, storage.begin
             storage.note_reader(member, member.end)

@@ -85,7 +85,7 @@ class Dispatcher:
             probe = self._probe(call)
             if probe is not None:
                 before = generation.read_all(name, 0, BLOCK)
-                result = self._run(call, probe, args, kwargs)
+                result = self._run(call, probe, args, kwargs, trims=False)
                 generation.note_change(name, before, weight_of(generation) if self.schedule.scorer else 1.0)
             if len(generation.called) == 1:
                 progress = progress_of(generation, generation.branch(name), self.schedule)
@@ -102,7 +102,7 @@ class Dispatcher:
             generation.clear()
             raise
 
-    def _run(self, call: Call, row: tuple[Action, ...], args: Any, kwargs: Any) -> Any:
+    def _run(self, call: Call, row: tuple[Action, ...], args: Any, kwargs: Any, trims: bool = True) -> Any:
         generation, name, other = call
         branch = generation.branch(name)
         for layer, action in enumerate(row):
@@ -116,7 +116,7 @@ class Dispatcher:
             self.running.call = None
         self._say_notes(variant)
         generation.lent = {layer for layer, action in enumerate(row) if action.lend}
-        for layer in range(len(row)):
+        for layer in range(len(row)) if trims else ():  # the change of what a probe kept is to be read first
             if layer not in generation.lent:
                 self._trim(generation, branch, layer)
             if other is not None:

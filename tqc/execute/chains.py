@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tqc.cache import preallocated
 from tqc.cache.packed_tensor import PackedTensor
 from tqc.cache.storage import Appending, Storage
-from tqc.cache.views import writable
-from tqc.execute.instructions import AttendExtend, AttendWrite
+from tqc.cache.views import family, hold, writable
+from tqc.execute.instructions import AttendExtend, AttendSlide, AttendWrite
 from tqc.execute.regions import Region
 from tqc.execute.subgraph import extract, interface
 from tqc.ops import example, is_packed
 
+_ATTENTIONS = (AttendExtend, AttendSlide, AttendWrite)
 # One attention alone gains nothing.
 _MIN_ATTENTIONS = 2
 # Tensors of the two caches of an attention: pages, dense and state of keys, then of values.
@@ -97,7 +99,7 @@ _OPERANDS = ("query", "key", "value", "positions", "attn_mask", "sinks")
 class Site:
     """One attention of a chain: its instruction, which arguments its caches are, and how many tokens it appends."""
 
-    instruction: AttendExtend | AttendWrite
+    instruction: AttendExtend | AttendSlide | AttendWrite
     operands: dict[str, Any]
     k_cache: int
     v_cache: int
@@ -106,6 +108,18 @@ class Site:
     @property
     def grows(self) -> bool:
         return isinstance(self.instruction, AttendExtend)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the new tokens come at positions that the device knows."""
+        return isinstance(self.instruction, AttendWrite)
+
+    def storage(self, cache: PackedTensor) -> Storage:
+        """That of one of the caches, ready to be appended to."""
+        if isinstance(self.instruction, AttendSlide):
+            begin, end = self.operands["begin"], self.operands["end"]
+            return preallocated.window(cache, begin, end, self.instruction.keep, self.count)
+        return cache.room_behind(self.count) if self.grows else writable(cache)
 
 
 @dataclass
@@ -158,7 +172,7 @@ class CompiledChain:
         self.in_python = module.forward
         program = assemble(module)
         self.tensors, self.sites, self.returned = program.tensors, program.sites, program.returned
-        self.counts = [site.count if site.grows else None for site in self.sites for _ in range(2)]
+        self.counts = [None if site.writes else site.count for site in self.sites for _ in range(2)]
         self.kernels = self.sites[0].instruction.provider.kernels
         slots = tuple(slot for slot in self.returned if isinstance(slot, int))
         self.chain = self.kernels.make_chain(program.inputs, program.slots, program.steps, slots)
@@ -176,6 +190,8 @@ class CompiledChain:
             return self.in_python(*args)  # layers that share a cache must see each other's tokens
         if any(storage.opens(count) for storage, count in zip(storages, self.counts, strict=True)):
             return self.in_python(*args)  # keys are balanced by the queries of this step
+        if any(site.writes and args[site.k_cache].begin for site in self.sites):
+            return self.in_python(*args)  # positions in a window that has dropped tokens
         if any(
             storage.fmt.groups and storage.packs(count) for storage, count in zip(storages, self.counts, strict=True)
         ):
@@ -184,10 +200,14 @@ class CompiledChain:
         for storage in storages:
             tensors += (storage.pages, storage.dense, storage.state)
         specs = [storage.fmt.spec for storage in storages]
-        capacities = [ABSENT if site.grows else args[site.k_cache].shape[2] for site in self.sites]
+        capacities = [args[site.k_cache].shape[2] if site.writes else ABSENT for site in self.sites]
         in_python = functools.partial(self._in_python, args)
         with Appending(storages, self.counts):
             results = self.kernels.run_chain(self.chain, tensors, specs, capacities, in_python)
+        for index, site in enumerate(self.sites):
+            if isinstance(site.instruction, AttendSlide):
+                hold(family(args[site.k_cache]), storages[2 * index])
+                hold(family(args[site.v_cache]), storages[2 * index + 1])
         tensor = iter(results)
         return tuple(
             next(tensor) if isinstance(output, int) else self._grown(args, storages, *output)
@@ -200,14 +220,7 @@ class CompiledChain:
 
     def _storages(self, args: tuple[Any, ...]) -> list[Storage]:
         """Those of keys and values of each site, ready to be appended to."""
-        storages = []
-        for site in self.sites:
-            for cache in (args[site.k_cache], args[site.v_cache]):
-                if site.grows:
-                    storages.append(cache.room_behind(site.count))
-                else:
-                    storages.append(writable(cache))
-        return storages
+        return [site.storage(args[index]) for site in self.sites for index in (site.k_cache, site.v_cache)]
 
     def _in_python(self, args: tuple[Any, ...], index: int, tensors: list[Tensor]) -> Tensor:
         """Attention and write of one site whose write is not an append."""
@@ -227,7 +240,7 @@ def assemble(module: GraphModule) -> Program:
         if not is_packed(node):
             program.tensors.append(index)
     first_cache = len(program.tensors)
-    attentions = sum(isinstance(node.target, AttendExtend | AttendWrite) for node in nodes)
+    attentions = sum(map(_attends, nodes))
     program.inputs = program.slots = first_cache + _CACHE_PARTS * attentions
     for node in nodes:
         if node.op == "call_module":
@@ -235,7 +248,7 @@ def assemble(module: GraphModule) -> Program:
             slots[node] = tuple(range(program.slots, program.slots + len(region.results)))
             program.slots += len(region.results)
             program.steps.append(RegionStep(region.entry, tuple(slots[source] for source in node.args), slots[node]))
-        elif isinstance(node.target, AttendExtend | AttendWrite):
+        elif _attends(node):
             site = _site(node, slots)
             how, given, index = site.instruction, site.operands, len(program.sites)
             read: dict[str, Any] = {name: ABSENT if given[name] is None else slots[given[name]] for name in _OPERANDS}
@@ -318,7 +331,7 @@ def _runs(outer: GraphModule) -> Iterator[list[Node]]:
 
 
 def _attends(node: Node) -> bool:
-    return isinstance(node.target, AttendExtend | AttendWrite)
+    return isinstance(node.target, _ATTENTIONS)
 
 
 def _end(node: Node) -> bool:
@@ -339,6 +352,8 @@ def _fits(outer: GraphModule, node: Node, run: Sequence[Node]) -> bool:
     known = all(isinstance(x, Tensor) and isinstance(x.shape[2], int) for x in tensors)
     rows = known and all(x.stride(3) == 1 or x.shape[3] == 1 for x in tensors)
     if not rows or instruction.return_lse or any(given[name] in run for name in ("k_cache", "v_cache")):
+        return False
+    if isinstance(instruction, AttendSlide) and any(isinstance(given[name], Node) for name in ("begin", "end")):
         return False
     if isinstance(instruction, AttendWrite):
         if not isinstance(given["positions"], Node):

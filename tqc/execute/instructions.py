@@ -6,7 +6,7 @@ operands, named by OPERANDS in the order of the call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -141,15 +141,50 @@ class AttendWrite(Attention):
         start = position(positions, query.device)
         k, v = writable(k_cache), writable(v_cache)
         if _on_host(start) or not self.counted:
-            stored, capacity = k.length, k_cache.shape[2]
+            stored, capacity = k.length - k_cache.begin, k_cache.shape[2]
             if not is_append(start, key.shape[2], self.counted, stored, capacity, attn_mask):
                 for cache, new in ((k_cache, key), (v_cache, value)):
                     preallocated.write_anywhere(cache, start, new, self.provider.kernels)
                 k, v = k_cache.packed_storage, v_cache.packed_storage
                 return self.attend(query, k, v, None, None, attn_mask, sinks, _end(k_cache))
+        if k_cache.begin:
+            start = start + k_cache.begin
         with Appending((k, v), (None, None)):
             out = self.attend(query, k, v, key, value, attn_mask, sinks, start)
             self.append(k, v, key, value, start)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class AttendSlide(Attention):
+    """Attend to tokens `begin` to `end` of a preallocated cache and to new ones; the last `keep` of all become its own.
+
+    A sliding window, see `tqc.ops.window`."""
+
+    keep: int = field(default=0, kw_only=True)
+
+    OPERANDS = ("query", "key", "value", "k_cache", "v_cache", "begin", "end", "attn_mask", "sinks")
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_cache: PackedTensor,
+        v_cache: PackedTensor,
+        begin: int,
+        end: int,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Any:
+        count = key.shape[2]
+        k, v = (preallocated.window(cache, begin, end, self.keep, count) for cache in (k_cache, v_cache))
+        k.balance(key, query)
+        with Appending((k, v), (count, count)):
+            out = self.attend(query, k, v, key, value, attn_mask, sinks, None)
+            self.append(k, v, key, value, None)
+        for cache, storage in ((k_cache, k), (v_cache, v)):
+            hold(family(cache), storage)
         return out
 
 
@@ -247,9 +282,9 @@ class Write(Instruction):
     ) -> PackedTensor:
         cache = cache if self.in_place else cast(PackedTensor, cache.clone())
         writable(cache)
-        start, stored = position(positions, new.device), cache.packed_storage.length
+        start, stored = position(positions, new.device), cache.packed_storage.length - cache.begin
         if is_append(start, new.shape[2], self.counted, stored, cache.shape[2], attn_mask):
-            packed_tensor.write_at(cache, new, start, self.provider.kernels.append)
+            packed_tensor.write_at(cache, new, start + cache.begin, self.provider.kernels.append)
         else:
             preallocated.write_anywhere(cache, start, new, self.provider.kernels)
         return cache

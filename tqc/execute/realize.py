@@ -21,6 +21,7 @@ from tqc.execute.instructions import (
     Adopt,
     Attend,
     AttendExtend,
+    AttendSlide,
     AttendWrite,
     Become,
     Extend,
@@ -76,6 +77,7 @@ class _Realizer:
             ops.update: self.update,
             ops.fold: self.fold,
             ops.fork: self.fork,
+            ops.window: self.window,
         }
 
     def provider(self, node: Node, dtype: torch.dtype, device: torch.device, *formats: PackedFormat) -> Provider:
@@ -115,7 +117,17 @@ class _Realizer:
         rest = (a["attn_mask"], a["sinks"])
         new = (a["key"], a["value"])
         stored = [_stored(a[cache], token) for cache, token in (("keys", a["key"]), ("values", a["value"]))]
-        if all(store and store.target is ops.extend for store in stored):
+        slides = [_slides(a[cache]) for cache in ("keys", "values")]
+        if all(slides):
+            windows = [ops.window.arguments(a[cache]) for cache in ("keys", "values")]
+            read = [window["cache"] for window in windows] + [windows[0]["begin"], windows[0]["end"]]
+            slide = AttendSlide(*how, keep=windows[0]["keep"])
+            self.replace(node, slide, a["query"], *new, *read, *rest)
+            for window, store in zip(windows, stored, strict=True):
+                self.written_in_place(store, window["cache"])
+            for name in ("keys", "values"):
+                self.graph.erase_node(a[name])
+        elif all(store and store.target is ops.extend for store in stored):
             scores = {part for store in stored for part in _scored(store)}
             call = self.call(node, AttendExtend(*how), a["query"], *new, a["keys"], a["values"], *rest)
             set_example(call, (example(node), *map(example, stored)))
@@ -147,9 +159,8 @@ class _Realizer:
                 self.graph.erase_node(node)
 
     def written_in_place(self, store: Node, cache: Node) -> None:
-        update = _update(store)
-        assert update
-        self.graph.erase_node(update)
+        for update in [user for user in store.users if user.target is ops.update]:
+            self.graph.erase_node(update)
         store.replace_all_uses_with(cache)
         self.graph.erase_node(store)
 
@@ -188,6 +199,10 @@ class _Realizer:
             part.replace_all_uses_with(a["keys"] if part.args[1] == 0 else a["values"])
             self.graph.erase_node(part)
         self.graph.erase_node(node)
+
+    def window(self, node: Node) -> None:
+        if not _slides(node):
+            self.reference(node)
 
     def fork(self, node: Node) -> None:
         self.replace(node, Fork(), *node.args)
@@ -228,6 +243,18 @@ def _stored(cache: Node, new: Node | None) -> Node | None:
     """The node that stores these new tokens in a cache."""
     stores = (user for user in cache.users if user.target in (ops.extend, ops.write))
     return next((store for store in stores if new is not None and store.args[1] is new), None)
+
+
+def _slides(cache: Node) -> bool:
+    """Whether a cache is a window that one attention reads, and whose tokens and new ones become the cache's own."""
+    if cache.target is not ops.window:
+        return False
+    stores = [user for user in cache.users if user.target is ops.extend]
+    readers = [user for user in cache.users if user.target is ops.attend]
+    if len(stores) != 1 or len(readers) != 1 or len(cache.users) != 2 or _scored(stores[0])[:1]:
+        return False
+    update = next((user for user in stores[0].users if user.target is ops.update), None)
+    return update is not None and update.args[0] is cache.args[0]
 
 
 def _scored(node: Node) -> list[Node]:

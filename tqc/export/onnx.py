@@ -204,7 +204,10 @@ def _save(exported: Any, step: Any, folder: Path, inline: bool, metadata: dict[s
     import onnx
     import onnx_ir
 
+    from tqc.export.repeat import expand
+
     model = exported.model
+    expand(model)
     for function in step.realized.functions.values():
         made = onnx_ir.serde.deserialize_function(function)
         model.functions[made.identifier()] = made

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tqc.export.capture import CacheInput, Captured, ExportError
+from tqc.export.repeat import outline
 from tqc.lowering.onnx.realize import Call, CannotRealize, Realized, realize
 from tqc.lowering.onnx.windows import columns_function, columns_like
 from tqc.ops import example, is_packed
@@ -41,6 +42,7 @@ class Step(torch.nn.Module):
         self.given |= self.realized.inputs
         order = [*arguments.values(), *self.given.values()]
         _order_placeholders(gm, order)
+        outline(gm)
         self.names = list(self.given)
         self.model = gm
         self.columns = Call("window_columns", columns_like)

@@ -60,14 +60,22 @@ def balance(keys: Tensor, query: Tensor) -> Tensor:
     grouped = _spread(query, min(SAMPLED_QUERIES, max(1, most))).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     q, query_good, query_peak = _usable(grouped)
     k = (k - k.sum(2, keepdim=True) / key_good.sum(2, keepdim=True).clamp_min(1)) * key_good
-    factor = keys.shape[-1] ** -0.5 * query_peak * key_peak
-    scores = ((q @ k.transpose(-1, -2)) * factor.clamp(max=1e30)).masked_fill(~key_good.transpose(-1, -2), -1e35)
+    q_good, k_good = query_good.squeeze(-1).float(), key_good.squeeze(-1).float()
+    factor = (keys.shape[-1] ** -0.5 * query_peak * key_peak).clamp(max=1e30)
+    hidden = torch.where(key_good, 0.0, -1e35).transpose(-1, -2)
+    scores = torch.baddbmm(hidden.flatten(0, 1), (q * factor).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     weights = scores.softmax(-1)
-    pairs = query_good.float() * key_good.float().transpose(-1, -2)
-    sharp = weights * (1 - weights) * pairs
-    mass = _share(sharp) + _share(pairs)
-    key_square, key_variance = _moments(k, mass.sum(2), LEAST_OF_KEYS)
-    query_square, query_variance = _moments(q, mass.sum(3), LEAST_OF_QUERIES)
+    sharp = weights.addcmul_(weights, weights, value=-1).unflatten(0, k.shape[:2])
+    some = k_good.amax(2, keepdim=True)
+    key_mass, query_mass = (
+        _share(of_sharp * good) + _share(good * others.amax(2, keepdim=True))
+        for of_sharp, good, others in (
+            ((q_good.unsqueeze(2) @ sharp).squeeze(2) * some, k_good, q_good),
+            (sharp.sum(3) * some, q_good, k_good),
+        )
+    )
+    key_square, key_variance = _moments(k, key_mass, LEAST_OF_KEYS)
+    query_square, query_variance = _moments(q, query_mass, LEAST_OF_QUERIES)
     log_s = (key_square / query_square).log() / 4
     log_s = log_s - log_s.median(-1, keepdim=True).values
     error = STANDARD_ERRORS * (key_variance + query_variance).sqrt() / 4
@@ -79,7 +87,7 @@ def _spread(x: Tensor, count: int) -> Tensor:
 
 
 def _share(x: Tensor) -> Tensor:
-    return x / x.sum((2, 3), keepdim=True).clamp_min(TINY)
+    return x / x.sum(2, keepdim=True).clamp_min(TINY)
 
 
 def _usable(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

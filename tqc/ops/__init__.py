@@ -5,6 +5,7 @@
     score                               which tokens of a group are kept, for `pack` and `extend`
     read                                dense tokens
     fold, unfold                        into the basis of a folded format, and back
+    window                              a sliding window of a preallocated cache, for `extend`
     adopt, update                       where a cache belongs to the caller: pack it, and say what becomes of it
 
 `attention` is a function of dense tensors, for front ends, where torch has none. `op` says what an op is, `value` what
@@ -26,6 +27,7 @@ from tqc.ops.score import score
 from tqc.ops.unfold import unfold
 from tqc.ops.update import update
 from tqc.ops.value import TENSORS, PackedValue, Planes, example, is_packed, set_example
+from tqc.ops.window import window
 from tqc.ops.write import write
 
 __all__ = [
@@ -49,5 +51,6 @@ __all__ = [
     "set_example",
     "unfold",
     "update",
+    "window",
     "write",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tqc.torch_private.lookup import find
@@ -54,7 +55,9 @@ def fill_layer(layer: Any, keys: Tensor, values: Tensor) -> None:
     """Give an empty layer its keys and values. The public `lazy_initialization` of a static one would first allocate
     dense ones of full length."""
     if hasattr(layer, "max_cache_len"):
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layer.device, layer.is_initialized = keys.device, True
+        if _layers_have_a_dtype():
+            layer.dtype = keys.dtype
         # 5.0 has the size of the batch by another name, which its `Cache` has too.
         batch_size = "max_batch_size" if find("transformers.cache_utils.Cache.max_batch_size") else "batch_size"
         setattr(layer, batch_size, keys.shape[0])
@@ -64,6 +67,14 @@ def fill_layer(layer: Any, keys: Tensor, values: Tensor) -> None:
     else:
         layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
+
+
+@cache
+def _layers_have_a_dtype() -> bool:
+    """From 5.24 on they have none: keys and values may differ in it."""
+    layer, one = new_layer("StaticLayer", {"max_cache_len": 1}), torch.zeros(1, 1, 1, 1)
+    layer.lazy_initialization(one, one)
+    return hasattr(layer, "dtype")
 
 
 def attends_eagerly(config: Any) -> bool:
