@@ -54,7 +54,9 @@ def test_fidelity_is_silent_until_a_page_is_damaged_and_changes_no_step(llama: A
     assert seen.warning and "in look 5 of 12" in seen.warning and "damaged" in str(seen)
 
 
-@pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] * (name != "fidelity")) for name in MONITORS]
+)
 def test_every_monitor_watches_and_survives_what_caches_go_through(llama: Any, name: str) -> None:
     _, cache = decode(llama, name, steps=6)
     looks = tqc.monitor(cache).looks

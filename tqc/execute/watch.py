@@ -62,24 +62,21 @@ class WatchedAttention(Instruction):
         if head >= key.shape[1]:
             raise ValueError(f"head of monitor {self.monitor.name} must be below {key.shape[1]}, got {head}")
         found = self.inner(query, key, value, k_cache, v_cache, attn_mask, sinks)
-        watch = self._watch(k_cache, found[1], v_cache, found[2], key, value)
+        watch = self._watch(k_cache.end, found[1], found[2], key, value)
         if watch.looks_now:
             output = found[0][0] if self.inner.return_lse else found[0]
             watch.see(self._moment(query, output, watch.held, key.shape[1], attn_mask, sinks))
         watch.steps += 1
         return found
 
-    def _watch(
-        self, k_cache: PackedTensor, keys: PackedTensor, v_cache: PackedTensor, values: PackedTensor, *new: Tensor
-    ) -> Watch:
-        """The watch of the caches behind a step, which became `keys` and `values`."""
+    def _watch(self, end: int, keys: PackedTensor, values: PackedTensor, *new: Tensor) -> Watch:
+        """The watch of `keys` and `values`, which hold the new tokens behind the first `end`."""
         stored = keys.packed_storage
-        in_place = stored is k_cache.packed_storage and values.packed_storage is v_cache.packed_storage
-        watch = stored.watch if in_place else None
-        held: tuple[Any, ...] = watch.held if isinstance(watch, Watch) else (stored.watch, values.packed_storage.watch)
-        if in_place and all(isinstance(rows, ExactRows) and rows.length >= k_cache.end for rows in held):
+        watch = stored.watch
+        held: tuple[Any, ...] = watch.held if isinstance(watch, Watch) else (watch, values.packed_storage.watch)
+        if all(isinstance(rows, ExactRows) and rows.length >= end for rows in held):
             for rows, tokens in zip(held, new, strict=True):
-                rows.truncate(k_cache.end)  # tokens at the end may have been dropped
+                rows.truncate(end)  # tokens at the end may have been dropped
                 rows.append(tokens[0, self.monitor.head])
         else:  # a copy, or a cache from elsewhere: from here on, beside its tokens as they are read
             held = tuple(ExactRows(cache.dequantize()[0, self.monitor.head]) for cache in (keys, values))
