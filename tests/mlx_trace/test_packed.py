@@ -109,8 +109,7 @@ def test_a_session_holds_what_the_reference_holds(fmt: PackedFormat, calls: list
         tokens = torch.randn(1, 2, count, fmt.head_dim) * torch.linspace(0.2, 3, fmt.head_dim)
         twins.extend(tokens, torch.randn(1, 4, count, fmt.head_dim) if fmt.centred else None)
         twins.check()
-        # Behind a cut of a cache without pages the two choose the balance of their keys from different tokens.
-        if index < len(back) and twins.placement.packed:
+        if index < len(back):
             twins.cut(max(twins.placement.begin, twins.placement.length - back[index]))
             twins.check()
 

@@ -259,7 +259,7 @@ class Storage:
     def balance(self, new: Tensor, query: Tensor | None) -> None:
         """Choose the balance of keys for which there is room by now, where the first page is about to be packed."""
         if not self.packed:
-            planes.choose_balance(self.dense, self.length, new, query, self.fmt)
+            planes.choose_balance(self.dense, self.begin, self.length, new, query, self.fmt)
 
     def copy(self, end: int) -> Storage:
         """A storage of its own with the tokens before position `end`."""

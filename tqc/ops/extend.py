@@ -34,7 +34,7 @@ def extend(
     longer = replace(cache.copy(cache.end + new.shape[2]), length=length)
     start = planes.position(cache.end, new.device)
     if not int(longer.state[1]):
-        planes.choose_balance(longer.dense, cache.end, new, query, cache.fmt)
+        planes.choose_balance(longer.dense, cache.end - cache.length, cache.end, new, query, cache.fmt)
     planes.append(*longer.parts, new, start, cache.fmt.spec, score)
     if query is not None and state_rows is not None:
         planes.remember(longer.dense, cache.end, query, state_rows, cache.fmt)

@@ -43,7 +43,7 @@ def pack(
     """
     cache = _empty(new, spec, start, capacity)
     where = None if start is None else planes.position(start, new.device)
-    planes.choose_balance(cache.dense, 0, new, query, cache.fmt)
+    planes.choose_balance(cache.dense, 0, 0, new, query, cache.fmt)
     planes.append(*cache.parts, new, where, spec, score)
     if query is not None and state_rows is not None:
         planes.remember(cache.dense, 0, query, state_rows, cache.fmt)
@@ -82,7 +82,7 @@ def _(
 ) -> Planes:
     """A tensor `start` must hold 0."""
     cache = _empty(new, spec, start, capacity)
-    planes.choose_balance(cache.dense, 0, new, query, cache.fmt)
+    planes.choose_balance(cache.dense, 0, 0, new, query, cache.fmt)
     if start is not None and not isinstance(start, Tensor):
         new = torch.nn.functional.pad(new, (0, 0, start, 0))
     return traceable.remember(traceable.append(cache, new, None, score), 0, query, state_rows)

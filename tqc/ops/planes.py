@@ -110,20 +110,20 @@ def append_by(
     state.copy_(torch.tensor([end, packed_after, begin]))
 
 
-def choose_balance(dense: Tensor, stored: int, new: Tensor, query: Tensor | None, fmt: PackedFormat) -> None:
+def choose_balance(dense: Tensor, begin: int, end: int, new: Tensor, query: Tensor | None, fmt: PackedFormat) -> None:
     """Choose the balance of each head of keys (see `tqc.format.balance`), in a cache of which nothing is packed yet.
 
     Nothing happens as long as nothing can be packed, or where there are fewer tokens than a page holds.
 
     Args:
         dense: of the cache, with room for `new`.
-        stored: how many tokens there are in it.
+        begin, end: its tokens are those from position `begin` to `end`.
         new: the next ones.
         query: as in `tqc.ops.pack`.
     """
-    enough = stored + new.shape[2] >= PAGE_TOKENS and dense.shape[2] == fmt.dense_rows
+    enough = end + new.shape[2] >= PAGE_TOKENS and dense.shape[2] == fmt.dense_rows
     if query is not None and fmt.centred and enough:
-        keys = torch.cat([dense[:, :, :stored], new], dim=2)
+        keys = torch.cat([dense[:, :, begin:end], new], dim=2)
         fmt.head(dense)[:, :, 1] = balance(keys, query)
 
 
