@@ -22,7 +22,7 @@ def load(folder: Path | str, dtype: torch.dtype | None) -> tuple[AsTorch, Any]:
     """A model and its tokenizer of transformers, of a folder or a hub id; None leaves its dtype as it is."""
     import mlx_lm
 
-    config: Any = mlx_lm.load(str(folder), lazy=True, return_config=True)[2]  # type: ignore[misc]
+    config: Any = mlx_lm.load(str(folder), lazy=True, return_config=True)[2]
     model, tokenizer = mlx_lm.load(str(folder), model_config=rotary(config))[:2]
     if dtype is not None:
         model.set_dtype(dtype_of(dtype))
