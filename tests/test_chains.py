@@ -270,6 +270,7 @@ def test_a_wrapper_with_work_of_its_own_has_no_entry():
 
 
 @pytest.mark.extended
+@pytest.mark.xfail(reason="their chain is not compiled yet: Python runs its instructions", strict=True)
 def test_a_sliding_window_of_fixed_size_is_chained():
     """It rolls on in a chain as its graph does in Python."""
     graphs, make = [], split_graph.SplitGraph.__init__

@@ -35,7 +35,7 @@ PROMPT, STEPS = 80, 64
 
 
 def build(name: str) -> Any:
-    more = {"num_hidden_layers": 3} if name == "llama" else {}  # the third layer is a copy of the second
+    more = {"num_hidden_layers": 4} if name == "llama" else {}  # the last ones are copies
     return FAMILIES[name].build("eager" if name == "gemma2" else "sdpa", **more)
 
 
@@ -56,7 +56,7 @@ def assert_same(model: Any, folder: Path, options: dict[str, Any] | None, edges:
 
 
 def test_llama_as_torch_has_it(llama: Path) -> None:
-    assert len(OnnxGenerator(llama).metadata["packed"]) == 6
+    assert len(OnnxGenerator(llama).metadata["packed"]) == 8
     assert_same(build("llama"), llama, OPTIONS)
 
 
@@ -71,7 +71,7 @@ def test_families_as_torch_has_them(name: str, tmp_path: Path) -> None:
 def test_like_layers_are_converted_once(llama: Path) -> None:
     nodes = onnx.load(llama / "model.onnx", load_external_data=False).graph.node
     kinds = [node.op_type.split("_")[0] for node in nodes if node.domain == "tqc"]
-    assert kinds.count("attend") == 3 and not {"enter", "leave", "repeat"} & set(kinds)
+    assert kinds.count("attend") == 4 and not {"enter", "leave", "repeat"} & set(kinds)
     copies = [node.name for node in nodes if node.name.endswith("_0_1")]
     assert len(copies) > 20 and len({node.name for node in nodes}) == len(nodes)
 
@@ -233,7 +233,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         ("out", {"compress": False, "bits_k": 2}, "compress=False leaves all caches dense, so it takes no bits_k"),
         ("out", {"bits_k": 9}, "bits_k must be 1 to 8"),
         ("out", {"bitsk": 4}, "unknown option 'bitsk'"),
-        ("out", {"strict": True, "skip_layers": (1,)}, "strict: 1 of 3 caches of .* stay dense .*named in skip_layers"),
+        ("out", {"strict": True, "skip_layers": (1,)}, "strict: 1 of 4 caches of .* stay dense .*named in skip_layers"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             export_onnx(model, tmp_path / path, **options)
